@@ -1,0 +1,40 @@
+"""mythos-export: OpenMythos training checkpoints to ONNX bundles, and one Runner for them.
+
+`load` and what belongs to it come from `runtimes` and need no torch; `export` and `verify` do, and are imported when used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "runtimes.runner",
+    "Runner": "runtimes.runner",
+    "Token": "runtimes.generation",
+    "Generation": "runtimes.generation",
+    "MythosError": "runtimes.errors",
+    "BundleError": "runtimes.errors",
+    "InputError": "runtimes.errors",
+    "BackendError": "runtimes.errors",
+    "export": "mythos_export.export",
+    "load_checkpoint": "mythos_export.checkpoint",
+    "verify": "mythos_export.verify",
+}
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from mythos_export.checkpoint import load_checkpoint
+    from mythos_export.export import export
+    from mythos_export.verify import verify
+    from runtimes.errors import BackendError, BundleError, InputError, MythosError
+    from runtimes.generation import Generation, Token
+    from runtimes.runner import Runner, load
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

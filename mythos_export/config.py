@@ -1,0 +1,209 @@
+"""The one description of a model that tracing, quantization, runners and the C API read.
+
+A model is three groups of layers: `prelude` before the loop, `loop_layers` inside it, `coda` after it. Each layer says what
+attention and what feed-forward it has. `loop` holds the parts that only a looped model has. A model without a loop has no
+`loop_layers` and `loop=None`.
+
+Cache slots, in order: one per prelude layer, one per loop layer and loop, one per coda layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from runtimes.errors import MythosError
+
+
+class ConfigError(MythosError, ValueError):
+    """A model description that contradicts itself; the message names the field, its value and what is allowed."""
+
+
+def _require(ok: bool, what: str) -> None:
+    if not ok:
+        raise ConfigError(what)
+
+
+def _require_positive(owner: msgspec.Struct, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(value >= 1, f"{type(owner).__name__}.{name} is {value}; expected an integer of at least 1")
+
+
+class LatentAttentionConfig(msgspec.Struct, frozen=True, tag="latent", tag_field="kind", forbid_unknown_fields=True):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are expanded from one cached latent.
+
+    n_heads: query heads. q_lora_rank: width of the query's latent. kv_lora_rank: width of the cached latent.
+    qk_nope_head_dim, qk_rope_head_dim: unrotated and rotated part of a query head. v_head_dim: width of a value head.
+    """
+
+    n_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, *self.__struct_fields__)
+        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE needs an even number")
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached a token and slot: the normalized latent and one rotated key shared by all heads."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+
+class GroupedQueryAttentionConfig(msgspec.Struct, frozen=True, tag="gqa", tag_field="kind", forbid_unknown_fields=True):
+    """Grouped-query attention (arXiv 2305.13245): n_heads query heads share n_kv_heads key and value heads."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, *self.__struct_fields__)
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"n_heads is {self.n_heads} and n_kv_heads {self.n_kv_heads}; the first must be a multiple of the second",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE needs an even number")
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached a token and slot: rotated keys, then values."""
+        return 2 * self.n_kv_heads * self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.head_dim
+
+
+class DenseConfig(msgspec.Struct, frozen=True, tag="dense", tag_field="kind", forbid_unknown_fields=True):
+    """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x)) over hidden_dim channels."""
+
+    hidden_dim: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "hidden_dim")
+
+
+class MixtureOfExpertsConfig(msgspec.Struct, frozen=True, tag="moe", tag_field="kind", forbid_unknown_fields=True):
+    """Routed SwiGLU experts (arXiv 2401.06066), top_k of n_experts a token, plus experts that see every token.
+
+    expert_dim: hidden channels of a routed expert. shared_dim: hidden channels of all shared experts together, 0 for none
+    (the sum of several SwiGLU blocks is one SwiGLU block over their channels).
+    """
+
+    n_experts: int
+    top_k: int
+    expert_dim: int
+    shared_dim: int = 0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "n_experts", "top_k", "expert_dim")
+        _require(self.shared_dim >= 0, f"shared_dim is {self.shared_dim}; expected 0 or more")
+        _require(
+            self.top_k <= self.n_experts,
+            f"top_k is {self.top_k} but there are only {self.n_experts} experts; lower n_experts_per_tok",
+        )
+
+
+AttentionConfig = LatentAttentionConfig | GroupedQueryAttentionConfig
+FeedForwardConfig = DenseConfig | MixtureOfExpertsConfig
+
+
+class LayerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One pre-norm transformer layer."""
+
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
+
+
+class LoopConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What surrounds the looped layers: h = A·h + B·e + Block(h, e), a loop signal, a LoRA a loop, halting.
+
+    trained_loops: the depth trained with, default at run time. signal_dim: leading channels that carry the loop's index.
+    signal_theta: base of its frequencies. lora_rank: rank of the depth-wise LoRA (arXiv 2410.20672).
+    act_threshold: cumulative halting probability at which a token stops (ACT, arXiv 1603.08983).
+    """
+
+    trained_loops: int
+    signal_dim: int
+    lora_rank: int
+    act_threshold: float
+    signal_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "trained_loops", "lora_rank")
+        _require(self.signal_dim >= 0, f"signal_dim is {self.signal_dim}; expected 0 or more channels")
+        _require(self.act_threshold > 0, f"act_threshold is {self.act_threshold}; expected a number above 0")
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole model. See the module's text for the three groups of layers.
+
+    max_seq_len: positions the RoPE tables cover. rope_theta: base of RoPE (arXiv 2104.09864). norm_eps: epsilon of RMSNorm.
+    tie_embeddings: the head reads the embedding's matrix. Raises ConfigError where fields contradict each other.
+    """
+
+    vocab_size: int
+    dim: int
+    max_seq_len: int
+    prelude: tuple[LayerConfig, ...]
+    coda: tuple[LayerConfig, ...]
+    loop_layers: tuple[LayerConfig, ...] = ()
+    loop: LoopConfig | None = None
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "vocab_size", "dim", "max_seq_len")
+        _require(bool(self.layers), "the model has no layers")
+        _require(
+            bool(self.loop_layers) == (self.loop is not None),
+            "a looped model needs both `loop` and `loop_layers`, one without a loop neither",
+        )
+        for what in ("cache_width", "rope_dim"):
+            values = sorted({getattr(layer.attention, what) for layer in self.layers})
+            _require(len(values) == 1, f"all layers must share one {what}; found {values}")
+        if self.loop is not None:
+            _require(
+                self.loop.signal_dim <= self.dim,
+                f"loop.signal_dim is {self.loop.signal_dim}, more than dim {self.dim}",
+            )
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        return self.prelude + self.loop_layers + self.coda
+
+    @property
+    def cache_width(self) -> int:
+        return self.layers[0].attention.cache_width
+
+    @property
+    def rope_dim(self) -> int:
+        return self.layers[0].attention.rope_dim
+
+    def slots(self, n_loops: int) -> int:
+        """Cache slots of a sequence that runs n_loops loops."""
+        return len(self.prelude) + n_loops * len(self.loop_layers) + len(self.coda)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as the manifest holds them."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> ModelConfig:
+        """The inverse of to_dict. Raises ConfigError with the path of the field that does not fit."""
+        try:
+            return msgspec.convert(plain, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"the model description does not fit: {error}") from error

@@ -1,0 +1,195 @@
+"""From a checkpoint to a bundle: trace without weights, stream the weights to disk once, write it all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from tokenizers import Tokenizer
+
+from mythos_export import __version__, ops
+from mythos_export.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from mythos_export.config import ModelConfig
+from mythos_export.families.open_mythos import Pack
+from mythos_export.trace import Parameter, Traced, trace, widened
+from runtimes.bundle import FORMAT_VERSION, BundleWriter, Graph, HashedFile, Manifest
+from runtimes.errors import InputError
+
+GRAPH_FILE = "decoder.onnx"
+WIDE_GRAPH_FILE = "decoder.float32.onnx"
+WEIGHTS_FILE = "weights.bin"
+TOKENIZER_FILE = "tokenizer.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_PAGE = 4096  # large tensors start on a page, so that a runtime can map them; small ones on a cache line
+_LINE = 64
+_SMALL_FILES = 32 * 2**20  # bytes allowed for graphs, tokenizer and manifest when asking whether the disk has room
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+def export(
+    source: str | Path | Checkpoint,
+    target: str | Path,
+    *,
+    loops: int | None = None,
+    max_loops: int | None = None,
+    dtype: str = "float32",
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Exports a checkpoint to a bundle folder and returns its manifest.
+
+    source: what load_checkpoint takes, or a Checkpoint. loops: a fixed loop count, None for a dynamic one. max_loops: deepest
+    n_loops of a dynamic bundle (default: the trained count). dtype: of the matrices and the cache. tokenizer: a tokenizer.json
+    (default: the one beside the checkpoint, if any). force: replace an existing bundle.
+    Raises CheckpointError, ConfigError, InputError or BundleError before anything is written.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
+    max_loops = _depth(checkpoint.config, loops, max_loops)
+    if dtype not in DTYPES:
+        raise InputError(f'dtype is "{dtype}"; expected one of {", ".join(DTYPES)}')
+    text_file = Path(tokenizer) if tokenizer is not None else checkpoint.tokenizer
+    eos = _check_tokenizer(text_file, checkpoint.config.vocab_size) if text_file else ()
+    packs = checkpoint.tensors(max_loops)
+    tell = progress or (lambda *_: None)
+    needed = _bytes_needed(checkpoint.config, max_loops, DTYPES[dtype])
+    with BundleWriter(target, force=force, needed_bytes=needed) as writer:
+        tell("tracing", 0, 1)
+        traced = trace(checkpoint.config, loops=loops, max_loops=max_loops, dtype=DTYPES[dtype])
+        tell("tracing", 1, 1)
+        offsets = _write_weights(writer.create(WEIGHTS_FILE), traced.parameters, packs, tell)
+        _attach(traced, offsets)
+        graphs = [_graph(checkpoint.config, GRAPH_FILE, dtype, dtype, loops, max_loops)]
+        _write_graph(writer.create(GRAPH_FILE), traced.model)
+        if dtype != "float32":
+            graphs.append(_graph(checkpoint.config, WIDE_GRAPH_FILE, "float32", dtype, loops, max_loops))
+            _write_graph(writer.create(WIDE_GRAPH_FILE), widened(traced.model))
+        if text_file:
+            writer.create(TOKENIZER_FILE).write(text_file.read_bytes())
+        return writer.commit(
+            Manifest(
+                format="mythos-bundle",
+                format_version=FORMAT_VERSION,
+                producer=f"mythos-export {__version__}",
+                model=checkpoint.config.to_dict(),
+                graphs=tuple(graphs),
+                files={},
+                source=checkpoint.source,
+                tokenizer=TOKENIZER_FILE if text_file else None,
+                eos_token_ids=eos,
+            )
+        )
+
+
+def _depth(config: ModelConfig, loops: int | None, max_loops: int | None) -> int:
+    """The deepest n_loops the graph must serve: rows of its tables over loops."""
+    if config.loop is None:
+        return 1
+    for name, value in (("loops", loops), ("max_loops", max_loops)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; expected at least 1")
+    if loops is None:
+        return max_loops or config.loop.trained_loops
+    if max_loops is not None and max_loops != loops:
+        raise InputError(f"max_loops is {max_loops} but loops fixes the count at {loops}; max_loops goes with dynamic loops")
+    return loops
+
+
+def _check_tokenizer(path: Path, vocab_size: int) -> tuple[int, ...]:
+    """Refuses a tokenizer that cannot be the model's; returns the ids that end a text."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such tokenizer file; expected a tokenizer.json of Hugging Face tokenizers")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception)
+        raise InputError(f"{path}: not a tokenizer.json of Hugging Face tokenizers: {error}") from error
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise InputError(
+            f"{path}: {tokenizer.get_vocab_size()} tokens, but the model's vocabulary is {vocab_size}; "
+            "pass the tokenizer it was trained with"
+        )
+    ends = (tokenizer.token_to_id(token) for token in ("<|endoftext|>", "</s>", "<eos>"))
+    return tuple(token for token in ends if token is not None)
+
+
+def _bytes_needed(config: ModelConfig, max_loops: int, dtype: torch.dtype) -> int:
+    from mythos_export.model import Decoder
+
+    with torch.device("meta"):
+        decoder = Decoder(config, max_loops=max_loops, dtype=dtype)
+    return sum(p.numel() * p.element_size() + _PAGE for p in decoder.parameters()) + _SMALL_FILES
+
+
+def _write_weights(
+    file: HashedFile, parameters: dict[str, Parameter], packs: dict[str, Pack], tell: Progress
+) -> dict[str, tuple[int, int]]:
+    """Streams every tensor, piece by piece, in the dtype and order the graph wants; returns (offset, bytes) by name."""
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    offsets: dict[str, tuple[int, int]] = {}
+    for name, parameter in parameters.items():
+        file.pad_to(_PAGE if parameter.nbytes >= _PAGE else _LINE)
+        start, rows = file.size, 0
+        for piece in packs[name]():
+            if tuple(piece.shape[1:]) != parameter.shape[1:]:
+                raise CheckpointError(f"{name}: a piece of shape {list(piece.shape)} does not fit {list(parameter.shape)}")
+            rows += piece.shape[0]
+            file.write(_bytes_of(piece.to(parameter.dtype)))
+            tell("writing weights", file.size, total)
+        if rows != parameter.shape[0]:
+            raise CheckpointError(f"{name}: {rows} rows, expected {parameter.shape[0]}")
+        offsets[name] = (start, file.size - start)
+    return offsets
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _attach(traced: Traced, offsets: dict[str, tuple[int, int]]) -> None:
+    """Points the graph's initializers into the weights file and gives the graph the operators' portable bodies."""
+    kinds = {
+        torch.float32: ir.DataType.FLOAT,
+        torch.float16: ir.DataType.FLOAT16,
+        torch.bfloat16: ir.DataType.BFLOAT16,
+    }
+    for name, parameter in traced.parameters.items():
+        value = traced.model.graph.initializers.get(name)
+        if value is None:
+            continue  # a fixed loop count of 1 never reads some tables
+        offset, length = offsets[name]
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, offset, length, kinds[parameter.dtype], shape=ir.Shape(parameter.shape), name=name
+        )
+    used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(traced.model.graph) if node.domain == ops.DOMAIN}
+    for operator in ops.OPERATORS:
+        if operator.name in used:
+            function = ir.serde.deserialize_function(operator.function)
+            traced.model.functions[function.identifier()] = function
+    traced.model.opset_imports[ops.DOMAIN] = ops.DOMAIN_VERSION
+
+
+def _write_graph(file: HashedFile, model: ir.Model) -> None:
+    proto = ir.to_proto(model)
+    file.write(proto.SerializeToString(deterministic=True))
+
+
+def _graph(config: ModelConfig, file: str, dtype: str, weight_dtype: str, loops: int | None, max_loops: int) -> Graph:
+    looped = config.loop is not None
+    return Graph(
+        file=file,
+        weights=(WEIGHTS_FILE,),
+        dtype=dtype,  # type: ignore[arg-type]
+        weight_dtype=weight_dtype,
+        loops=loops if looped else 0,
+        max_loops=max_loops if looped else 0,
+        default_loops=min(config.loop.trained_loops, max_loops) if config.loop else 0,
+        prelude_slots=len(config.prelude),
+        loop_slots=len(config.loop_layers),
+        coda_slots=len(config.coda),
+        cache_width=config.cache_width,
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_seq_len,
+    )

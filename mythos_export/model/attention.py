@@ -1,0 +1,76 @@
+"""Attention in export form: projections around the ai.mythos attention operators.
+
+Shape letters: B batch, S new tokens, D dim, C capacity and W width of the cache, h half the rotated size of a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mythos_export.config import AttentionConfig, GroupedQueryAttentionConfig, LatentAttentionConfig
+from mythos_export.model.layers import Linear, RMSNorm, empty
+
+
+class Context(NamedTuple):
+    """What every attention layer of one step shares.
+
+    cos, sin [B, S, h] float32; past_kv [slots, B, C, W]; past_len [B] int64.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    past_kv: Tensor
+    past_len: Tensor
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (arXiv 2405.04434). down: query latent and cached row in one matrix."""
+
+    def __init__(self, dim: int, config: LatentAttentionConfig, epsilon: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.split = [config.q_lora_rank, config.cache_width]
+        self.scale = head_dim**-0.5
+        self.epsilon = epsilon
+        self.down = Linear(dim, sum(self.split), dtype)
+        self.q_norm = RMSNorm(config.q_lora_rank, epsilon, dtype)
+        self.q_up = Linear(config.q_lora_rank, config.n_heads * head_dim, dtype)
+        self.kv_norm = empty(config.kv_lora_rank, dtype=torch.float32)
+        self.w_uk = empty(config.n_heads, config.qk_nope_head_dim, config.kv_lora_rank, dtype=dtype)
+        self.w_uv = empty(config.n_heads, config.v_head_dim, config.kv_lora_rank, dtype=dtype)
+        self.out = Linear(config.n_heads * config.v_head_dim, dim, dtype)
+
+    def forward(self, x: Tensor, context: Context, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] -> [B, S, D] and the new rows [B, S, W]."""
+        q_latent, kv = self.down(x).split(self.split, -1)
+        y, new_kv = torch.ops.mythos.latent_attention(
+            self.q_up(self.q_norm(q_latent)), kv, self.kv_norm, self.w_uk, self.w_uv, *context, slot, self.scale, self.epsilon
+        )
+        return self.out(y), new_kv
+
+
+class GroupedQueryAttention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245). qkv: the three projections in one matrix."""
+
+    def __init__(self, dim: int, config: GroupedQueryAttentionConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = config.head_dim**-0.5
+        self.qkv = Linear(dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, dtype)
+        self.out = Linear(config.n_heads * config.head_dim, dim, dtype)
+
+    def forward(self, x: Tensor, context: Context, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] -> [B, S, D] and the new rows [B, S, W]."""
+        y, new_kv = torch.ops.mythos.grouped_query_attention(
+            self.qkv(x), *context, slot, self.config.n_heads, self.config.n_kv_heads, self.scale
+        )
+        return self.out(y), new_kv
+
+
+def attention(dim: int, config: AttentionConfig, epsilon: float, dtype: torch.dtype) -> nn.Module:
+    if isinstance(config, LatentAttentionConfig):
+        return LatentAttention(dim, config, epsilon, dtype)
+    return GroupedQueryAttention(dim, config, dtype)

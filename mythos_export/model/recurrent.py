@@ -1,0 +1,129 @@
+"""The looped part in export form: loop signal, layers, depth-wise LoRA, injection, halting, once a loop.
+
+h = A·h + B·e + Block(h, e), with e the prelude's output (Parcae-style stable injection, A = exp(-exp(log_dt + log_A))).
+Halting is adaptive computation time (arXiv 1603.08983): the result is the halting-weighted sum of the states.
+
+Shape letters: B batch, S new tokens, D dim, T loops, r lora_rank, C capacity and W width of the cache, n layers in the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mythos_export.config import LoopConfig, ModelConfig
+from mythos_export.model.attention import Context
+from mythos_export.model.layers import Linear, RMSNorm, empty
+
+
+class LoopState(NamedTuple):
+    """What one loop hands to the next.
+
+    h [B, S, D]: the state. result [B, S, D]: halting-weighted sum so far. halted_mass [B, S, 1]: cumulative halting
+    probability, frozen once it reaches the threshold. exit_loop [B, S, 1] int64: loops run while not halted. All else float32.
+    """
+
+    h: Tensor
+    result: Tensor
+    halted_mass: Tensor
+    exit_loop: Tensor
+
+
+class Recurrent(nn.Module):
+    """One block of layers, looped. Tables over loops have max_loops rows; the LoRA's last trained row serves deeper ones."""
+
+    def __init__(self, config: ModelConfig, loop: LoopConfig, layers: Sequence[nn.Module], max_loops: int) -> None:
+        super().__init__()
+        dim, dtype = config.dim, torch.float32
+        self.first_slot = len(config.prelude)
+        self.act_threshold = loop.act_threshold
+        self.loop_signal = empty(max_loops, dim, dtype=dtype)
+        self.norm = RMSNorm(dim, config.norm_eps, dtype)
+        self.layers = nn.ModuleList(layers)
+        self.lora_down = Linear(dim, loop.lora_rank, dtype)
+        self.lora_scale = empty(max_loops, loop.lora_rank, dtype=dtype)
+        self.lora_up = Linear(loop.lora_rank, dim, dtype)
+        self.decay = empty(dim, dtype=dtype)
+        self.injection = empty(dim, dtype=dtype)
+        self.halt = Linear(dim, 1, dtype)
+        self.halt_bias = empty(1, dtype=dtype)
+
+    def start(self, e: Tensor) -> LoopState:
+        zero = torch.zeros_like(e[..., :1])
+        return LoopState(e, torch.zeros_like(e), zero, zero.to(torch.int64))
+
+    def step(
+        self, state: LoopState, e: Tensor, injected: Tensor, loop: Tensor, wanted: Tensor | None, context: Context
+    ) -> tuple[LoopState, Tensor]:
+        """Loop number `loop` ([] int64, from 0). e, injected [B, S, D]; wanted [B, 1, 1] bool: rows whose n_loops it is below.
+
+        Returns the next state and the loop's new cache rows [n, B, S, W].
+        """
+        row = loop.reshape(1)
+        x = self.norm(state.h + self.loop_signal.index_select(0, row) + e)
+        rows = []
+        for index, layer in enumerate(self.layers):
+            slot = loop * len(self.layers) + (self.first_slot + index)
+            x, new_kv = layer(x, context, slot)
+            rows.append(new_kv)
+        x = x + self.lora_up(self.lora_down(x) * self.lora_scale.index_select(0, row))
+        h = self.decay * state.h + injected + x
+        return self._halt(state, h, wanted), torch.stack(rows)
+
+    def _halt(self, state: LoopState, h: Tensor, wanted: Tensor | None) -> LoopState:
+        probability = torch.sigmoid(self.halt(h) + self.halt_bias)
+        running = state.halted_mass < self.act_threshold
+        if wanted is not None:
+            running = running & wanted
+        mass = state.halted_mass + probability
+        remainder = torch.clamp(1.0 - state.halted_mass, min=0.0)
+        weight = torch.where(mass >= self.act_threshold, remainder, probability) * running
+        return LoopState(
+            h,
+            state.result + weight * h,
+            torch.where(running, mass, state.halted_mass),
+            state.exit_loop + running.to(torch.int64),
+        )
+
+    def forward(
+        self, e: Tensor, context: Context, n_loops: Tensor | int, n_slots: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """e [B, S, D] float32 -> result [B, S, D], new rows [T*n, B, S, W], exit_loop [B, S] int64.
+
+        n_loops: an int unrolls that many loops; int64 [B] runs max(n_loops), each row keeping its result once its own are
+        done. n_slots: loop rows to return, T*n; slots beyond max(n_loops) * n hold zeros.
+        """
+        if isinstance(n_loops, int):
+            state, rows = self._unrolled(e, context, n_loops)
+        else:
+            state, rows = self._while(e, context, n_loops, n_slots)
+        return state.result, rows, state.exit_loop.squeeze(-1)
+
+    def _unrolled(self, e: Tensor, context: Context, n_loops: int) -> tuple[LoopState, Tensor]:
+        injected, state, rows = self.injection * e, self.start(e), []
+        for index in range(n_loops):
+            state, new_rows = self.step(state, e, injected, torch.tensor(index), None, context)
+            rows.append(new_rows)
+        return state, torch.cat(rows)
+
+    def _while(self, e: Tensor, context: Context, n_loops: Tensor, n_slots: int) -> tuple[LoopState, Tensor]:
+        injected, deepest = self.injection * e, n_loops.max()
+        batch, seq, width = e.shape[0], e.shape[1], context.past_kv.shape[-1]
+        rows = torch.zeros(n_slots, batch, seq, width, dtype=context.past_kv.dtype)
+
+        def unfinished(loop: Tensor, *_: Tensor) -> Tensor:
+            return loop < deepest
+
+        def body(loop: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+            wanted = (loop < n_loops).reshape(-1, 1, 1)
+            state, new_rows = self.step(LoopState(*carried[:4]), e, injected, loop, wanted, context)
+            slots = loop * len(self.layers) + torch.arange(len(self.layers))
+            return loop + 1, *state, torch.index_copy(carried[4], 0, slots, new_rows)
+
+        first = torch.zeros((), dtype=torch.int64)
+        start = tuple(tensor.clone() for tensor in self.start(e))
+        _, *carried = torch.while_loop(unfinished, body, (first, *start, rows))
+        return LoopState(*carried[:4]), carried[4]

@@ -1,0 +1,158 @@
+"""ai.mythos GroupedQueryAttention: grouped-query attention (arXiv 2305.13245) over a cache of rotated keys and values.
+
+Shape letters: B batch, S new tokens, H query heads, K key/value heads, G = H / K, D head_dim, C capacity of the cache,
+W = 2*K*D its width, L cached and new rows together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mythos_export.ops.cached_attention import MASK, ROTATE_HEADS, SOFTMAX, attend_rows, live_past, rotate
+from mythos_export.ops.operator import Operator
+
+
+@torch.library.custom_op("mythos::grouped_query_attention", mutates_args=())
+def grouped_query_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_kv: Tensor,
+    past_len: Tensor,
+    slot: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of S new tokens over past_len cached rows and over themselves, causally.
+
+    qkv [B, S, (H+2K)*D]: queries, keys, values as projected. cos, sin [B, S, D/2]: float32, of the new tokens' positions.
+    past_kv [slots, B, C, W], past_len [B] int64, slot [] int64. scale: of the scores, usually D**-0.5.
+    Returns y [B, S, H*D] and new_kv [B, S, W]: rotated keys, then values.
+    """
+    heads = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
+    to_rotate, value = heads.split([n_heads + n_kv_heads, n_kv_heads], 2)
+    query, key = rotate(to_rotate, cos, sin).to(qkv.dtype).split([n_heads, n_kv_heads], 2)
+    new_kv = torch.cat([key, value], 2).flatten(2)
+    rows, allowed = live_past(past_kv, past_len, slot, new_kv)
+    keys, values = (
+        half.unflatten(-1, (n_kv_heads, -1)).repeat_interleave(n_heads // n_kv_heads, 2) for half in rows.chunk(2, -1)
+    )
+    return attend_rows(torch.einsum("bshd,blhd->bshl", query * scale, keys), values, allowed).flatten(2), new_kv
+
+
+@grouped_query_attention.register_fake
+def _(qkv, cos, sin, past_kv, past_len, slot, n_heads, n_kv_heads, scale):  # type: ignore[no-untyped-def]
+    batch, seq, width = qkv.shape
+    head_dim = width // (n_heads + 2 * n_kv_heads)
+    return qkv.new_empty(batch, seq, n_heads * head_dim), qkv.new_empty(batch, seq, 2 * n_kv_heads * head_dim)
+
+
+BODY = f"""
+  # sizes; static, so onnxruntime folds them
+  n_heads_int = Constant <value_int: int = @n_heads> ()
+  n_kv_heads_int = Constant <value_int: int = @n_kv_heads> ()
+  first_axis = Constant <value_ints = [0]> ()
+  n_heads_1 = Unsqueeze(n_heads_int, first_axis)
+  n_kv_heads_1 = Unsqueeze(n_kv_heads_int, first_axis)
+  n_rotated = Add(n_heads_1, n_kv_heads_1)
+  n_all = Add(n_rotated, n_kv_heads_1)
+  lead = Shape <start = 0, end = 2> (qkv)
+  batch = Shape <start = 0, end = 1> (qkv)
+  seq = Shape <start = 1, end = 2> (qkv)
+  rest = Constant <value_ints = [-1]> ()
+  half_int = Shape <start = 2, end = 3> (cos)
+  head_dim = Add(half_int, half_int)
+
+  # the new rows: RoPE of queries and keys together
+  heads_shape = Concat <axis = 0> (lead, n_all, rest)
+  all_heads = Reshape(qkv, heads_shape)
+  all_split = Concat <axis = 0> (n_rotated, n_kv_heads_1)
+  heads, value = Split <axis = 2> (all_heads, all_split)
+  {ROTATE_HEADS}
+  rotated_split = Concat <axis = 0> (n_heads_1, n_kv_heads_1)
+  query_f, key_f = Split <axis = 2> (rotated, rotated_split)
+  key = CastLike(key_f, qkv)
+  new_heads = Concat <axis = 2> (key, value)
+  flat_shape = Concat <axis = 0> (lead, rest)
+  new_kv = Reshape(new_heads, flat_shape)
+
+  # queries of one group side by side: [B, K, S*G, D]
+  group = Div(n_heads_1, n_kv_heads_1)
+  grouped_shape = Concat <axis = 0> (lead, n_kv_heads_1, group, rest)
+  query_t = CastLike(query_f, qkv)
+  scale_f = Constant <value_float: float = @scale> ()
+  scale_t = CastLike(scale_f, qkv)
+  query_scaled = Mul(query_t, scale_t)
+  query_grouped = Reshape(query_scaled, grouped_shape)
+  query_by_head = Transpose <perm = [0, 2, 1, 3, 4]> (query_grouped)
+  query_shape = Concat <axis = 0> (batch, n_kv_heads_1, rest, head_dim)
+  query = Reshape(query_by_head, query_shape)
+
+  # keys [B, K, D, L] and values [B, K, L, D]
+  {MASK}
+  rows = Concat <axis = 1> (past, new_kv)
+  two = Constant <value_ints = [2]> ()
+  rows_shape = Concat <axis = 0> (batch, total_1, two, n_kv_heads_1, head_dim)
+  rows_by_head = Reshape(rows, rows_shape)
+  keys_5, values_5 = Split <axis = 2, num_outputs = 2> (rows_by_head)
+  keys_4 = Squeeze(keys_5, two)
+  values_4 = Squeeze(values_5, two)
+  keys = Transpose <perm = [0, 2, 3, 1]> (keys_4)
+  values = Transpose <perm = [0, 2, 1, 3]> (values_4)
+
+  # scores [B, S, H, L], so that the mask is one for all heads
+  scores_by_head = MatMul(query, keys)
+  split_shape = Concat <axis = 0> (batch, n_kv_heads_1, seq, group, total_1)
+  scores_5 = Reshape(scores_by_head, split_shape)
+  scores_by_token = Transpose <perm = [0, 2, 1, 3, 4]> (scores_5)
+  scores_shape = Concat <axis = 0> (lead, n_heads_1, total_1)
+  scores = Reshape(scores_by_token, scores_shape)
+  {SOFTMAX}
+  probabilities_shape = Concat <axis = 0> (lead, n_kv_heads_1, group, total_1)
+  probabilities_5 = Reshape(probabilities, probabilities_shape)
+  probabilities_by_head = Transpose <perm = [0, 2, 1, 3, 4]> (probabilities_5)
+  probabilities_flat_shape = Concat <axis = 0> (batch, n_kv_heads_1, rest, total_1)
+  probabilities_flat = Reshape(probabilities_by_head, probabilities_flat_shape)
+  mixed = MatMul(probabilities_flat, values)
+  mixed_shape = Concat <axis = 0> (batch, n_kv_heads_1, seq, group, head_dim)
+  mixed_5 = Reshape(mixed, mixed_shape)
+  mixed_by_token = Transpose <perm = [0, 2, 1, 3, 4]> (mixed_5)
+  y = Reshape(mixed_by_token, flat_shape)
+"""
+
+OPERATOR = Operator(
+    name="GroupedQueryAttention",
+    doc="Grouped-query attention (arXiv 2305.13245) over a cache of rotated keys and values. Rotates queries and keys, returns "
+    "the rows to append. Rows at or past past_len never reach a result.",
+    inputs=(
+        ("qkv", "T", "[batch, seq, (n_heads + 2 * n_kv_heads) * head_dim]: queries, keys, values as projected"),
+        ("cos", "tensor(float)", "[batch, seq, head_dim / 2]: of the new tokens' positions"),
+        ("sin", "tensor(float)", "[batch, seq, head_dim / 2]"),
+        ("past_kv", "T", "[slots, batch, capacity, 2 * n_kv_heads * head_dim]: rotated keys, then values"),
+        ("past_len", "tensor(int64)", "[batch]: valid rows of each sequence"),
+        ("slot", "tensor(int64)", "[]: this layer's slot"),
+    ),
+    outputs=(
+        ("y", "T", "[batch, seq, n_heads * head_dim]"),
+        ("new_kv", "T", "[batch, seq, 2 * n_kv_heads * head_dim]: the new tokens' rows"),
+    ),
+    attributes={
+        "n_heads": ("INT", "query heads"),
+        "n_kv_heads": ("INT", "key and value heads"),
+        "scale": ("FLOAT", "factor of the scores"),
+    },
+    torch_op=torch.ops.mythos.grouped_query_attention.default,
+    infer_shapes=lambda shapes, attributes: [
+        [*shapes[0][:2], _per_head(shapes[0][2], attributes, attributes["n_heads"])],
+        [*shapes[0][:2], _per_head(shapes[0][2], attributes, 2 * attributes["n_kv_heads"])],
+    ],
+    body=BODY,
+)
+
+
+def _per_head(width: int | str | None, attributes: dict[str, int], n: int) -> int | None:
+    if not isinstance(width, int):
+        return None
+    return width // (attributes["n_heads"] + 2 * attributes["n_kv_heads"]) * n

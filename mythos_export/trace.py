@@ -1,0 +1,194 @@
+"""Traces the Decoder with torch.export and torch.onnx into the graph of a bundle.
+
+The model is traced without its weights (fake tensors), so tracing costs the same for every size; the weights are attached
+afterwards as external data. Shape letters are those of the graph: batch, seq, k (positions with logits), slots, capacity.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes import common as passes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from mythos_export import __version__, ops
+from mythos_export.config import ModelConfig
+from mythos_export.model import Decoder
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_FOLD_LIMIT = 1024  # numbers; folding serves shapes and constants, weights stay as they are stored
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor the graph expects: its shape and dtype as stored."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph without weights, and what it wants them to be, in the order of the model's layers."""
+
+    model: ir.Model
+    parameters: dict[str, Parameter]
+
+
+def trace(
+    config: ModelConfig, *, loops: int | None, max_loops: int, dtype: torch.dtype = torch.float32
+) -> Traced:
+    """Traces the model: loops unrolls that many, None makes the loop count an input of at most max_loops."""
+    ops.register_schemas()
+    fixed = loops if config.loop else 0
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        decoder = Decoder(config, max_loops=max_loops, fixed_loops=fixed, dtype=dtype).eval()
+        args, dynamic_shapes = _example(config, fixed, dtype)
+    parameters = {name: Parameter(tuple(value.shape), value.dtype) for name, value in decoder.named_parameters()}
+    exported = torch.export.export(decoder, args, dynamic_shapes=dynamic_shapes)
+    with _quiet():
+        program = torch.onnx.export(
+                exported,
+            dynamo=True,
+            opset_version=ops.OPSET,
+            optimize=False,
+            input_names=["input_ids", "past_len", "past_kv", "logit_positions", "n_loops"][: 4 + (fixed is None)],
+            output_names=["logits", "new_kv", "exit_loop"],
+            custom_translation_table={operator.torch_op: operator.translation for operator in ops.OPERATORS},
+            verbose=False,
+        )
+        _clean(program.model, parameters)
+    return Traced(program.model, parameters)
+
+
+def _example(
+    config: ModelConfig, fixed: int | None, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, object] | None, ...]]:
+    """Example inputs, and which of their dimensions vary. Sizes differ so that none is taken for another."""
+    batch, seq, capacity, k = 2, 3, 5, 4
+    slots = config.slots(6 if fixed is None else fixed)
+    int64 = torch.int64
+    args = [
+        torch.zeros(batch, seq, dtype=int64),
+        torch.zeros(batch, dtype=int64),
+        torch.zeros(slots, batch, capacity, config.cache_width, dtype=dtype),
+        torch.zeros(batch, k, dtype=int64),
+    ]
+    b = Dim("batch")
+    dims: list[dict[int, object]] = [{0: b, 1: Dim("seq")}, {0: b}, {1: b, 2: Dim("capacity")}, {0: b, 1: Dim("k")}]
+    if fixed is None:
+        args.append(torch.ones(batch, dtype=int64))
+        dims[2][0] = Dim("slots", min=config.slots(2))
+        dims.append({0: b})
+    return tuple(args), tuple(dims)
+
+
+class _quiet(warnings.catch_warnings):
+    """Keeps the exporter's notes to itself: they concern its own internals, and every result is verified."""
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *error: object) -> None:
+        logging.disable(logging.NOTSET)
+        super().__exit__(*error)
+
+
+def _clean(model: ir.Model, parameters: dict[str, Parameter]) -> None:
+    """Folds shape arithmetic, drops what is unused, names dimensions, and nodes after the modules they come from."""
+    graph = model.graph
+    for name in parameters:
+        graph.initializers[name].const_value = None
+    onnxscript.optimizer.optimize_ir(
+        model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT, onnx_shape_inference=True
+    )
+    passes.IdentityEliminationPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    _name_dimensions(model)
+    _name_nodes(model)
+    model.producer_name, model.producer_version = "mythos-export", __version__
+    model.metadata_props.clear()
+    graph.name = "decoder"
+
+
+def _name_dimensions(model: ir.Model) -> None:
+    """The exporter's symbols (s53) become batch, seq, k, slots, capacity, wherever they stand alone."""
+    names = {"input_ids": ("batch", "seq"), "past_kv": ("slots", "batch", "capacity"), "logit_positions": ("batch", "k")}
+    symbols = {
+        str(symbol): name
+        for graph_input in model.graph.inputs
+        for symbol, name in zip(graph_input.shape or (), names.get(graph_input.name or "", ()), strict=False)
+        if isinstance(symbol, ir.SymbolicDim)
+    }
+    values = {*model.graph.inputs}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        values.update(node.outputs)
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                values.update(attribute.as_graph().inputs)
+    for value in values:
+        if value.shape is not None and not value.shape.is_static():
+            dims = [symbols.get(str(dim), dim) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape]
+            value.shape = ir.Shape(dims)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """prelude.0.attn/LatentAttention instead of node_42; the exporter's own notes (paths, stack traces) are dropped."""
+    seen: Counter[str] = Counter()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        scopes = [scope for scope in re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "")) if scope]
+        module = scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_") else "decoder"
+        name = f"{module}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def widened(model: ir.Model) -> ir.Model:
+    """The same graph computing in float32 over the same reduced weights, for backends without kernels for their dtype.
+
+    Every float16 or bfloat16 weight is cast once, where the backend folds it at load; past_kv and new_kv become float32.
+    """
+    wide = model.clone()
+    reduced = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    graph, first = wide.graph, wide.graph[0]
+    for value in list(graph.initializers.values()):
+        if value.dtype in reduced:
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name=f"{value.name}/widen")
+            cast.outputs[0].name, cast.outputs[0].shape = f"{value.name}.float32", value.shape
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            cast.replace_input_with(0, value)
+            graph.insert_before(first, cast)
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in reduced:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
+        inner = [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
+        for value in [*node.outputs, *(graph_input for body in inner for graph_input in body.inputs)]:
+            if value.dtype in reduced:
+                value.dtype = ir.DataType.FLOAT
+    for value in graph.inputs:
+        if value.dtype in reduced:
+            value.dtype = ir.DataType.FLOAT
+    return wide
