@@ -1,0 +1,64 @@
+"""What a backend is to the Runner: something that evaluates one step of a bundle's decoder graph.
+
+Shape letters: B batch, S new tokens, K positions with logits, V vocab_size, C capacity and W width of the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.bundle import Graph
+
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Array = NDArray[Any]
+
+
+class StepOutput(NamedTuple):
+    """logits [B, K, V] float32; new_kv [slots, B, S, W] in the cache's dtype; exit_loop [B, S] int64."""
+
+    logits: Float32
+    new_kv: Array
+    exit_loop: Int64
+
+
+class Cancelled(Exception):  # noqa: N818 (not an error: the caller asked for it)
+    """A step was stopped by cancel()."""
+
+
+class Backend(Protocol):
+    """One step of the graph, any batch, any number of new tokens."""
+
+    name: str
+    graph: Graph
+
+    def run(
+        self, input_ids: Int64, past_len: Int64, past_kv: Array, logit_positions: Int64, n_loops: Int64, stop: StopSignal
+    ) -> StepOutput:
+        """input_ids [B, S], past_len [B], past_kv [slots, B, C, W], logit_positions [B, K], n_loops [B].
+
+        Raises Cancelled when stop is set before or during the step, BackendError when the step fails.
+        """
+        ...
+
+
+class StopSignal:
+    """Set from any thread to stop a generation, a running step included."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._listeners: list[Any] = []
+
+    def set(self) -> None:
+        self.is_set = True
+        for listener in self._listeners:
+            listener()
+
+    def on_set(self, listener: Any) -> None:
+        """Called once when the signal is set; listeners of finished steps are replaced."""
+        self._listeners = [listener]
+        if self.is_set:
+            listener()

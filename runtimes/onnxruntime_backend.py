@@ -1,0 +1,80 @@
+"""The onnxruntime backend: the bundle's graph on the CPU, weights mapped from disk, nothing copied in, rows copied out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from runtimes.backend import Array, Cancelled, Int64, StepOutput, StopSignal
+from runtimes.bundle import Graph, Manifest
+from runtimes.errors import BackendError
+
+_log = logging.getLogger("mythos_export")
+_OUTPUTS = ["logits", "new_kv", "exit_loop"]
+_FAILURES = tuple(
+    kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
+)  # onnxruntime's exceptions share no base class of their own
+
+
+class OnnxRuntimeBackend:
+    """Runs the bundle's float32 graph on onnxruntime's CPU provider. threads: None lets onnxruntime take every core."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+        self.graph = _choose(manifest)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        # Prepacked weights would be a second copy of every matrix; they stay mapped from the file instead.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(folder / self.graph.file), options, providers=["CPUExecutionProvider"]
+            )
+        except _FAILURES as error:
+            raise BackendError(f"{folder / self.graph.file}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
+
+    def run(
+        self, input_ids: Int64, past_len: Int64, past_kv: Array, logit_positions: Int64, n_loops: Int64, stop: StopSignal
+    ) -> StepOutput:
+        feeds = {"input_ids": input_ids, "past_len": past_len, "past_kv": past_kv, "logit_positions": logit_positions}
+        if self.graph.loops is None:
+            feeds["n_loops"] = n_loops
+        run_options = onnxruntime.RunOptions()
+        stop.on_set(lambda: setattr(run_options, "terminate", True))
+        try:
+            return StepOutput(*self._session.run(_OUTPUTS, feeds, run_options))
+        except _FAILURES as error:
+            if stop.is_set:
+                raise Cancelled from error
+            raise BackendError(f"onnxruntime could not run a step: {error}") from error
+
+
+def _choose(manifest: Manifest) -> Graph:
+    """The float32 graph: onnxruntime's CPU kernels compute in float32, whatever the weights are stored in."""
+    for graph in manifest.graphs:
+        if graph.dtype == "float32":
+            if graph.weight_dtype != "float32":
+                _say_once(
+                    f"onnxruntime's CPU kernels do not compute in {graph.weight_dtype}: the weights are converted to float32 at load"
+                )
+            return graph
+    raise BackendError(
+        f"the bundle has graphs for {', '.join(graph.dtype for graph in manifest.graphs)} only; onnxruntime's CPU provider needs "
+        "float32: export again with this release"
+    )
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)
+
+

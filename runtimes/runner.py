@@ -1,0 +1,137 @@
+"""The Runner: one bundle, loaded and checked, that generates, scores, encodes and decodes. No torch anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from runtimes.backend import Backend, Float32
+from runtimes.bundle import Manifest, open_bundle
+from runtimes.errors import BackendError, InputError
+from runtimes.generation import Generation, Limits, Sequence_, StreamedText
+from runtimes.onnxruntime_backend import OnnxRuntimeBackend
+from runtimes.sampling import Sampling, SplitMix64, log_softmax
+from runtimes.session import PREFILL_CHUNK, Session, check_ids
+
+Prompt = str | Sequence[int]
+BACKENDS = ("auto", "onnxruntime")
+
+
+def load(bundle: str | Path, backend: str = "auto", threads: int | None = None) -> Runner:
+    """Checks a bundle and makes it ready to run.
+
+    backend: "auto" takes the best available here, "onnxruntime" runs anywhere. threads: CPU threads, default all cores.
+    Raises BundleError for a damaged or foreign bundle, BackendError for an unknown or failing backend, InputError for threads
+    below 1.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f'backend is "{backend}"; expected one of {", ".join(BACKENDS)}')
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; expected at least 1")
+    folder, manifest = open_bundle(bundle)
+    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer)) if manifest.tokenizer else None
+    return Runner(manifest, OnnxRuntimeBackend(folder, manifest, threads), tokenizer)
+
+
+class Runner:
+    """A loaded bundle. Any number of generations may run on it at once, each with its own cache. Made by load()."""
+
+    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer | None) -> None:
+        self.manifest = manifest
+        self.graph = backend.graph
+        self._backend = backend
+        self._tokenizer = tokenizer
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._backend.name
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Raises InputError where the bundle has no tokenizer."""
+        ids: list[int] = self._need_tokenizer().encode(text).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out. Raises InputError where the bundle has no tokenizer."""
+        text: str = self._need_tokenizer().decode(list(ids))
+        return text
+
+    def session(self, batch: int = 1, n_loops: int | Sequence[int] | None = None, chunk: int = PREFILL_CHUNK) -> Session:
+        """A batch of sequences to feed step by step with one's own sampler. chunk: tokens a prefill step."""
+        return Session(self._backend, batch, n_loops, chunk)
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 128,
+        n_loops: int | Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | int | Sequence[str | int] = (),
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Generates after a prompt, or after each of a list of prompts (text or token ids), streaming tokens.
+
+        max_new_tokens: at least 1. n_loops: depth, one number or one a prompt; default the trained one. temperature 0 is greedy;
+        top_k, top_p, min_p, repetition_penalty: see Sampling. seed: of the draws, default a fresh one (in stats.seed). stop:
+        texts or token ids that end a sequence; a stop text is left out of the output. ignore_eos: go on after an end token.
+        Raises InputError before any work for anything the model cannot serve.
+        """
+        batched = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
+        prompts: list[Any] = list(prompt) if batched else [prompt]
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        ids = [self._prompt_ids(item, f"prompt {i}" if batched else "the prompt") for i, item in enumerate(prompts)]
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        stops = [stop] if isinstance(stop, (str, int)) else list(stop)
+        texts = [item for item in stops if isinstance(item, str)]
+        if texts and (self._tokenizer is None or "" in texts):
+            raise InputError("stop texts need a tokenizer in the bundle and must not be empty; pass token ids instead")
+        seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
+        sequences = [
+            Sequence_(i, row, StreamedText(self._tokenizer, row, texts), SplitMix64(seed + i)) for i, row in enumerate(ids)
+        ]
+        limits = Limits(
+            max_new_tokens,
+            self.graph.max_seq_len,
+            frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
+            frozenset(item for item in stops if not isinstance(item, str)),
+        )
+        return Generation(self.session(len(ids), n_loops), sequences, sampling, limits, batched, seed)
+
+    def score(self, ids: Prompt, n_loops: int | None = None, *, logits: bool = False) -> NDArray[np.float64] | Float32:
+        """How likely the model finds a sequence.
+
+        ids: text or T token ids. Returns the natural log-probability of every token after the first, [T-1] float64; with
+        logits=True the logits of every position, [T, V] float32. Raises InputError as generate does.
+        """
+        row = self._prompt_ids(ids, "the sequence")
+        parts: list[Any] = []
+        for chunk in self.session(1, n_loops).advance_scored([row]):
+            if logits:
+                parts.append(chunk.logits)
+                continue
+            following = row[chunk.start + 1 : chunk.start + 1 + len(chunk.logits)]
+            parts.append(log_softmax(chunk.logits[: len(following)])[np.arange(len(following)), following])
+        return np.concatenate(parts)
+
+    def _prompt_ids(self, prompt: Any, what: str) -> list[int]:
+        ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        check_ids(ids, self.graph, what)
+        return ids
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InputError("the bundle has no tokenizer; pass token ids, or export it with --tokenizer tokenizer.json")
+        return self._tokenizer
