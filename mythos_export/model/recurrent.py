@@ -74,7 +74,8 @@ class Recurrent(nn.Module):
         return self._halt(state, h, wanted), torch.stack(rows)
 
     def _halt(self, state: LoopState, h: Tensor, wanted: Tensor | None) -> LoopState:
-        probability = torch.sigmoid(self.halt(h) + self.halt_bias)
+        # Not torch.sigmoid: runtimes approximate it to 1e-7 absolute, but a small probability needs relative accuracy.
+        probability = 1.0 / (1.0 + torch.exp(-(self.halt(h) + self.halt_bias)))
         running = state.halted_mass < self.act_threshold
         if wanted is not None:
             running = running & wanted
