@@ -178,6 +178,7 @@ def widened(model: ir.Model) -> ir.Model:
         if value.dtype in reduced:
             cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name=f"{value.name}/widen")
             cast.outputs[0].name, cast.outputs[0].shape = f"{value.name}.float32", value.shape
+            cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
             ir.convenience.replace_all_uses_with(value, cast.outputs[0])
             cast.replace_input_with(0, value)
             graph.insert_before(first, cast)

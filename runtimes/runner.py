@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from runtimes.backend import Backend, Float32
+from runtimes.backend import Array, Backend, Float32, Int64, StepOutput, StopSignal
 from runtimes.bundle import Manifest, open_bundle
 from runtimes.errors import BackendError, InputError
 from runtimes.generation import Generation, Limits, Sequence_, StreamedText
@@ -52,6 +52,17 @@ class Runner:
     def backend(self) -> str:
         """Name of the backend in use."""
         return self._backend.name
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the bundle can encode and decode text."""
+        return self._tokenizer is not None
+
+    def run_step(
+        self, input_ids: Int64, past_len: Int64, past_kv: Array, logit_positions: Int64, n_loops: Int64, stop: StopSignal
+    ) -> StepOutput:
+        """One evaluation of the graph as it is, cache given and new rows returned; see Backend.run for shapes."""
+        return self._backend.run(input_ids, past_len, past_kv, logit_positions, n_loops, stop)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises InputError where the bundle has no tokenizer."""

@@ -1,0 +1,257 @@
+"""Speed of a bundle on this machine, in llama-bench's terms: pp (prefill) and tg (decode) rows, mean and deviation.
+
+Beside tokens a second stands what a token must read (weights and cache), the bandwidth that makes, and its share of the read
+bandwidth measured in the same run: decode of one sequence is reading, so the share says how far there is to go.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from mythos_export import __version__, footprint
+from mythos_export.config import ModelConfig
+from runtimes.errors import InputError
+from runtimes.runner import Runner, load
+from runtimes.session import check_n_loops
+
+_BANDWIDTH_BYTES = 512 * 2**20  # well beyond any last-level cache
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test. Rates and bytes are a token of the whole batch; ratio_to_reference is None without --reference."""
+
+    test: str
+    tokens_per_second: float
+    std: float
+    bytes_per_token: float
+    gb_per_second: float
+    bandwidth_share: float
+    ratio_to_reference: float | None = None
+    reference_tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `mythos-export bench` prints. peak_memory_bytes: of this process, before the reference was loaded."""
+
+    rows: tuple[Row, ...]
+    read_bandwidth_gb_per_second: float
+    peak_memory_bytes: int
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """prompt: tokens of the pp row; new: tokens of the tg row; 0 leaves a row out."""
+
+    prompt: int = 512
+    new: int = 128
+    repetitions: int = 5
+    batch: int = 1
+    loops: int | None = None
+    threads: int | None = None
+
+    def check(self, runner: Runner) -> int:
+        """Raises InputError for what the bundle cannot run; returns the loop count."""
+        if self.prompt < 0 or self.new < 0 or self.prompt + self.new == 0:
+            raise InputError(f"-p is {self.prompt} and -n {self.new}; expected 0 or more, and at least one of them above 0")
+        for name, value in (("-r", self.repetitions), ("-b", self.batch)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; expected at least 1")
+        longest = max(self.prompt, self.new + 1)
+        if longest > runner.graph.max_seq_len:
+            raise InputError(
+                f"-p {self.prompt} -n {self.new} needs {longest} positions, the model has {runner.graph.max_seq_len}; lower them"
+            )
+        return int(check_n_loops(runner.graph, self.loops, 1)[0])
+
+
+def bench(
+    bundle: str | Path, workload: Workload, reference: str | Path | None = None, progress: Progress | None = None
+) -> Report:
+    """Measures a bundle; with reference, also the checkpoint in the reference package's own model in eager float32 torch, run in
+    turn with the bundle so that both see the same machine. Raises InputError or BundleError before measuring."""
+    runner = load(bundle, threads=workload.threads)
+    loops = workload.check(runner)
+    tests = [name for name, tokens in (("pp", workload.prompt), ("tg", workload.new)) if tokens]
+    threads = workload.threads or os.cpu_count() or 1
+    ours = {name: _runner_test(runner, name, workload, loops) for name in tests}
+    for test in ours.values():
+        test()  # warm-up
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    theirs = _reference_tests(reference, tests, workload, loops, threads) if reference is not None else {}
+    bandwidth = read_bandwidth(threads)
+    tell = progress or (lambda *_: None)
+    rows = []
+    for at, name in enumerate(tests):
+        seconds: list[float] = []
+        reference_seconds: list[float] = []
+        for repetition in range(workload.repetitions):
+            tell("measuring", at * workload.repetitions + repetition, len(tests) * workload.repetitions)
+            seconds.append(ours[name]())
+            if theirs:
+                reference_seconds.append(theirs[name]())
+        rows.append(_row(runner, name, workload, loops, bandwidth, seconds, reference_seconds))
+    tell("measuring", 1, 1)
+    return Report(tuple(rows), bandwidth, peak, _environment(runner, workload, loops, threads))
+
+
+def _runner_test(runner: Runner, name: str, workload: Workload, loops: int) -> Callable[[], float]:
+    tokens = _tokens(runner.graph.vocab_size, workload)
+
+    def prefill() -> float:
+        session = runner.session(workload.batch, loops)
+        began = time.perf_counter()
+        session.advance(tokens[:, : workload.prompt].tolist())
+        return time.perf_counter() - began
+
+    def decode() -> float:
+        session = runner.session(workload.batch, loops)
+        session.advance(tokens[:, :1].tolist())
+        steps = [column[:, None].tolist() for column in tokens[:, 1 : workload.new + 1].T]
+        began = time.perf_counter()
+        for step in steps:
+            session.advance(step)
+        return time.perf_counter() - began
+
+    return prefill if name == "pp" else decode
+
+
+def _reference_tests(
+    source: str | Path, tests: list[str], workload: Workload, loops: int, threads: int
+) -> dict[str, Callable[[], float]]:
+    import torch
+
+    from mythos_export.checkpoint import load_checkpoint
+    from mythos_export.reference import reference_model
+
+    torch.set_num_threads(threads)
+    checkpoint = load_checkpoint(source)
+    model = reference_model(checkpoint)
+    tokens = torch.from_numpy(_tokens(checkpoint.config.vocab_size, workload))
+
+    def prefill() -> float:
+        with torch.no_grad():
+            began = time.perf_counter()
+            model(tokens[:, : workload.prompt], n_loops=loops, kv_cache={})
+            return time.perf_counter() - began
+
+    def decode() -> float:
+        cache: dict[str, Any] = {}
+        with torch.no_grad():
+            model(tokens[:, :1], n_loops=loops, kv_cache=cache)
+            began = time.perf_counter()
+            for at in range(1, workload.new + 1):
+                model(tokens[:, at : at + 1], n_loops=loops, kv_cache=cache, start_pos=at)
+            return time.perf_counter() - began
+
+    available = {"pp": prefill, "tg": decode}
+    for name in tests:
+        available[name]()  # warm-up
+    return {name: available[name] for name in tests}
+
+
+def _tokens(vocab_size: int, workload: Workload) -> Any:
+    shape = (workload.batch, max(workload.prompt, workload.new + 1))
+    return np.random.default_rng(0).integers(0, vocab_size, shape)
+
+
+def _row(
+    runner: Runner,
+    name: str,
+    workload: Workload,
+    loops: int,
+    bandwidth: float,
+    seconds: list[float],
+    reference_seconds: list[float],
+) -> Row:
+    each = workload.prompt if name == "pp" else workload.new
+    tokens = each * workload.batch
+    rates = [tokens / value for value in seconds]
+    n_bytes = _bytes_per_token(runner, name, workload, loops)
+    rate = statistics.mean(rates)
+    gb_per_second = n_bytes * rate / 1e9
+    theirs = tokens / statistics.median(reference_seconds) if reference_seconds else None
+    return Row(
+        test=f"{name}{each}",
+        tokens_per_second=rate,
+        std=statistics.stdev(rates) if len(rates) > 1 else 0.0,
+        bytes_per_token=n_bytes,
+        gb_per_second=gb_per_second,
+        bandwidth_share=gb_per_second / bandwidth,
+        ratio_to_reference=tokens / statistics.median(seconds) / theirs if theirs else None,
+        reference_tokens_per_second=theirs,
+    )
+
+
+def _bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) -> float:
+    """Bytes a token must read and write: weights once a step (a prefill is one step), live cache rows, the new rows."""
+    config = ModelConfig.from_dict(runner.manifest.model)
+    size = np.dtype(runner.graph.dtype).itemsize
+    batch = workload.batch
+    row = footprint.cache_numbers(config, loops, 1)
+    if name == "pp":
+        weights = footprint.weights_read(config, loops, batch * workload.prompt)
+        return size * (weights / (batch * workload.prompt) + row)
+    weights = footprint.weights_read(config, loops, batch)
+    mean_past = 1 + (workload.new - 1) / 2
+    return size * (weights / batch + row * (mean_past + 1))
+
+
+def read_bandwidth(threads: int, repetitions: int = 7) -> float:
+    """GB/s that this machine reads with so many threads: the best of several passes over 512 MB."""
+    data = np.ones(_BANDWIDTH_BYTES // 8, dtype=np.int64)
+    parts = np.array_split(data, threads * 8)
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repetitions):
+            began = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, parts))
+            best = max(best, data.nbytes / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def _environment(runner: Runner, workload: Workload, loops: int, threads: int) -> dict[str, Any]:
+    graph = runner.graph
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "backend": runner.backend,
+        "onnxruntime": onnxruntime.__version__,
+        "python": platform.python_version(),
+        "mythos_export": __version__,
+        "parameters": footprint.parameters(ModelConfig.from_dict(runner.manifest.model)),
+        "weight_dtype": graph.weight_dtype,
+        "compute_dtype": graph.dtype,
+        "loops": loops,
+        "batch": workload.batch,
+        "repetitions": workload.repetitions,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,75 @@
+"""What a bundle holds, and what this environment can do."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mythos_export import __version__, footprint
+from mythos_export.bench import cpu_name
+from mythos_export.config import ModelConfig
+from runtimes.bundle import open_bundle
+
+
+def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
+    """Checks a bundle and describes it. Raises BundleError for a damaged one."""
+    import msgspec
+
+    folder, manifest = open_bundle(bundle)
+    config = ModelConfig.from_dict(manifest.model)
+    plain: dict[str, Any] = msgspec.to_builtins(manifest)
+    graph = manifest.graphs[0]
+    loops = graph.loops if graph.loops is not None else graph.default_loops
+    return {
+        "bundle": str(folder),
+        "parameters": footprint.parameters(config),
+        "weights_read_per_token": footprint.weights_read(config, loops),
+        "cache_numbers_per_token": footprint.cache_numbers(config, loops, 1),
+        "loops": loops,
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        **plain,
+    }
+
+
+_NEEDS = {
+    "run": ["numpy", "onnxruntime", "tokenizers", "msgspec"],
+    "export": ["torch", "onnx", "onnxscript", "onnx-ir", "safetensors"],
+    "compare with the reference": ["open-mythos"],
+}
+
+
+def doctor() -> dict[str, Any]:
+    """What is installed, what that allows, and what is missing for the rest."""
+    packages = {name: _version(name) for names in _NEEDS.values() for name in names}
+    can = {task: all(packages[name] for name in names) for task, names in _NEEDS.items()}
+    can["compare with the reference"] &= can["export"]
+    providers: list[str] = []
+    if packages["onnxruntime"]:
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+    fixes = {
+        "run": "pip install mythos-export",
+        "export": "pip install 'mythos-export[export]'",
+        "compare with the reference": "pip install 'mythos-export[export]' and pip install --no-deps open-mythos==0.5.0",
+    }
+    return {
+        "mythos_export": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "packages": packages,
+        "onnxruntime_providers": providers,
+        "can": can,
+        "missing": {task: fixes[task] for task, ok in can.items() if not ok},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "found" if importlib.util.find_spec(package.replace("-", "_")) else None

@@ -1,0 +1,139 @@
+"""Turns results into what a terminal shows: tables, sizes, progress. Everything machine-readable goes through --json."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mythos_export.bench import Report
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well in a terminal and is Markdown, as llama-bench prints."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def size(n_bytes: float) -> str:
+    """12.3 MB, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+def bench_report(report: Report, form: str) -> str:
+    """form: table, md or csv."""
+    header = ["test", "t/s", "± std", "bytes/token", "GB/s", "share of read bandwidth"]
+    rows = [
+        [
+            row.test,
+            f"{row.tokens_per_second:.2f}",
+            f"{row.std:.2f}",
+            size(row.bytes_per_token),
+            f"{row.gb_per_second:.2f}",
+            f"{100 * row.bandwidth_share:.1f} %",
+        ]
+        for row in report.rows
+    ]
+    if any(row.ratio_to_reference for row in report.rows):
+        header += ["reference t/s", "ratio"]
+        for cells, row in zip(rows, report.rows, strict=True):
+            cells += [f"{row.reference_tokens_per_second:.2f}", f"{row.ratio_to_reference:.2f}×"]
+    if form == "csv":
+        text = io.StringIO()
+        names = list(report.to_dict()["rows"][0])
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(report.to_dict()["rows"])
+        return text.getvalue().rstrip("\n")
+    table = markdown_table(header, rows)
+    if form == "md":
+        return table
+    environment = report.environment
+    return (
+        f"{environment['cpu']}, {environment['threads']} threads, {environment['backend']} {environment['onnxruntime']}; "
+        f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['loops']} loops, "
+        f"batch {environment['batch']}\n{table}\n"
+        f"read bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s, peak memory {size(report.peak_memory_bytes)}"
+    )
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on a terminal, nothing in a pipe."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    with bar:
+        yield tell
+
+
+def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
+    """What `inspect` shows: the model, the graphs, where it came from, how well it agreed."""
+    model, source, graphs = plain["model"], plain["source"], plain["graphs"]
+    attention = model["prelude"] + model["loop_layers"] if "loop_layers" in model else model["prelude"]
+    depth = f"{graphs[0]['loops']} loops" if graphs[0]["loops"] is not None else f"1 to {graphs[0]['max_loops']} loops"
+    head = (
+        f"{plain['bundle']}: {plain['parameters'] / 1e6:.1f} M parameters, {graphs[0]['weight_dtype']}, {depth}, {size(plain['bytes'])}"
+    )
+    if brief:
+        return head
+    layers = f"{len(model['prelude'])} prelude, {len(model['loop_layers'])} looped, {len(model['coda'])} coda"
+    rows = [
+        ["layers", layers],
+        ["attention", ", ".join(sorted({layer["attention"]["kind"] for layer in attention}))],
+        ["dim, vocabulary, positions", f"{model['dim']}, {model['vocab_size']}, {model['max_seq_len']}"],
+        ["weights read a token", f"{plain['weights_read_per_token'] / 1e6:.1f} M at {plain['loops']} loops"],
+        ["cache a token", f"{plain['cache_numbers_per_token']} numbers at {plain['loops']} loops"],
+        ["source", " ".join(str(source[key]) for key in ("name", "step") if source.get(key) is not None)],
+        ["made by", plain["producer"]],
+        ["tokenizer", plain["tokenizer"] or "none: token ids only"],
+        *([f"graph {graph['file']}", f"{graph['dtype']} cache and sums over {graph['weight_dtype']} weights"] for graph in graphs),
+    ]
+    parity = plain.get("parity")
+    if parity:
+        worst = max(parity["checks"], key=lambda check: check["max_abs_error"])
+        verdict = "agrees" if all(check["ok"] for check in parity["checks"]) else "DISAGREES"
+        rows.append(["verified", f"{verdict} with {parity['oracle']}, worst {worst['name']} {worst['max_abs_error']:.1e}"])
+    else:
+        rows.append(["verified", "not yet: mythos-export verify BUNDLE SOURCE"])
+    return f"{head}\n{markdown_table(['what', 'value'], rows)}"
+
+
+def doctor_report(plain: dict[str, Any], brief: bool = False) -> str:
+    """What `doctor` shows."""
+    can = [f"{'✓' if ok else '✗'} {task}" + ("" if ok else f": {plain['missing'][task]}") for task, ok in plain["can"].items()]
+    if brief:
+        return "\n".join(can)
+    packages = [[name, version or "missing"] for name, version in plain["packages"].items()]
+    return (
+        f"mythos-export {plain['mythos_export']}, Python {plain['python']}, {plain['cpu']}\n{plain['platform']}\n"
+        + markdown_table(["package", "version"], packages)
+        + f"\nonnxruntime providers: {', '.join(plain['onnxruntime_providers']) or 'none'}\n"
+        + "\n".join(can)
+    )
