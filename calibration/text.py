@@ -23,7 +23,7 @@ def read_documents(path: str | Path) -> list[str]:
     """Documents of a file: one a line of a .jsonl ({"text": …}), else the whole file as one. Raises InputError, naming the line."""
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"{file}: no such text file; expected .jsonl with a \"text\" field a line, or plain text")
+        raise InputError(f'{file}: no such text file; expected .jsonl with a "text" field a line, or plain text')
     try:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -31,7 +31,9 @@ def read_documents(path: str | Path) -> list[str]:
     if file.suffix != ".jsonl":
         documents = [content]
     else:
-        documents = [_document(file, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        documents = [
+            _document(file, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()
+        ]
     documents = [document for document in documents if document]
     if not documents:
         raise InputError(f"{file}: holds no text")

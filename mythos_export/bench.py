@@ -71,7 +71,9 @@ class Workload:
     def check(self, runner: Runner) -> int:
         """Raises InputError for what the bundle cannot run; returns the loop count."""
         if self.prompt < 0 or self.new < 0 or self.prompt + self.new == 0:
-            raise InputError(f"-p is {self.prompt} and -n {self.new}; expected 0 or more, and at least one of them above 0")
+            raise InputError(
+                f"-p is {self.prompt} and -n {self.new}; expected 0 or more, and at least one of them above 0"
+            )
         for name, value in (("-r", self.repetitions), ("-b", self.batch)):
             if value < 1:
                 raise InputError(f"{name} is {value}; expected at least 1")

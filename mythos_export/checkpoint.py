@@ -88,7 +88,9 @@ def _newest(folder: Path) -> Path:
     if len(safetensors) == 1:
         return safetensors[0]
     found = ", ".join(path.name for path in safetensors) or "neither"
-    raise CheckpointError(f"{folder}: expected step_*.pt files or one .safetensors file with config.json; found {found}")
+    raise CheckpointError(
+        f"{folder}: expected step_*.pt files or one .safetensors file with config.json; found {found}"
+    )
 
 
 def _read_pt(path: Path) -> Checkpoint:
@@ -202,7 +204,9 @@ def _checkpoint(path: Path, fields: dict[str, Any], raw: dict[str, Any], source:
         return tensor.read() if isinstance(tensor, _Lazy) else tensor
 
     if tensors[head] is not tensors[embed] and not torch.equal(get(head), get(embed)):
-        raise CheckpointError(f"{path}: {head} differs from {embed}, but the model ties them; the checkpoint is inconsistent")
+        raise CheckpointError(
+            f"{path}: {head} differs from {embed}, but the model ties them; the checkpoint is inconsistent"
+        )
     tokenizer = path.with_name("tokenizer.json")
     return Checkpoint(settings, config, get, source, tokenizer if tokenizer.is_file() else None)
 

@@ -80,10 +80,16 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
 def export(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The bundle folder to make.")],
-    loops: Annotated[str, typer.Option(metavar="N|dynamic", help="A fixed loop count, or an input of the graph.")] = "dynamic",
-    max_loops: Annotated[int | None, typer.Option(help="Deepest n_loops of a dynamic bundle; default the trained count.")] = None,
+    loops: Annotated[
+        str, typer.Option(metavar="N|dynamic", help="A fixed loop count, or an input of the graph.")
+    ] = "dynamic",
+    max_loops: Annotated[
+        int | None, typer.Option(help="Deepest n_loops of a dynamic bundle; default the trained count.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Storage of matrices and cache.")] = Dtype.float32,
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; default the one beside the checkpoint.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json; default the one beside the checkpoint.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -109,7 +115,13 @@ def export(
     total = sum(entry.size for entry in manifest.files.values())
     graph = manifest.graphs[0]
     depth = f"{graph.loops} loops" if graph.loops is not None else f"1 to {graph.max_loops} loops"
-    plain = {"bundle": str(output), "bytes": total, "loops": graph.loops, "max_loops": graph.max_loops, "dtype": graph.dtype}
+    plain = {
+        "bundle": str(output),
+        "bytes": total,
+        "loops": graph.loops,
+        "max_loops": graph.max_loops,
+        "dtype": graph.dtype,
+    }
     _emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {graph.dtype}, {depth}")
 
 
@@ -146,7 +158,9 @@ def verify(
 def generate(
     bundle: Bundle,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to go on from.")] = None,
-    ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="Token ids to go on from, instead of --prompt.")] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="1,2,3", help="Token ids to go on from, instead of --prompt.")
+    ] = None,
     loops: Annotated[int | None, typer.Option(help="Loop count; default the trained one.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -234,7 +248,9 @@ def bench(
     batch: Annotated[int, typer.Option("-b", help="Sequences at once.")] = 1,
     loops: Annotated[int | None, typer.Option(help="Loop count; default the trained one.")] = None,
     threads: Threads = None,
-    reference: Annotated[str | None, typer.Option(metavar="SOURCE", help="Checkpoint to run in eager torch beside it.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Checkpoint to run in eager torch beside it.")
+    ] = None,
     form: Annotated[Form, typer.Option("-o", "--output", help="How to print.")] = Form.table,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -272,7 +288,9 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the bundle here; default a temporary folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep the bundle here; default a temporary folder.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

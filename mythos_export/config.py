@@ -47,7 +47,9 @@ class LatentAttentionConfig(msgspec.Struct, frozen=True, tag="latent", tag_field
 
     def __post_init__(self) -> None:
         _require_positive(self, *self.__struct_fields__)
-        _require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE needs an even number")
+        _require(
+            self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE needs an even number"
+        )
 
     @property
     def cache_width(self) -> int:

@@ -46,7 +46,9 @@ def _run(bundle: Path, say: bool) -> dict[str, Any]:
     tell(f"$ mythos-export verify {bundle.name} {source.name} --loops 1,4,8")
     parity = verify(bundle, source, tokens=64, loops=(1, 4, 8))
     for check in parity.checks:
-        tell(f"  {'✓' if check.ok else '✗'} loops {check.loops} {check.name:<10} max abs error {check.max_abs_error:.1e}")
+        tell(
+            f"  {'✓' if check.ok else '✗'} loops {check.loops} {check.name:<10} max abs error {check.max_abs_error:.1e}"
+        )
     tell(f"$ mythos-export generate {bundle.name} --prompt {PROMPT!r} -n 200 --temperature 0.8 --top-k 40 --seed 1\n")
     runner = load(bundle)
     generation = runner.generate(PROMPT, 200, temperature=0.8, top_k=40, seed=1)

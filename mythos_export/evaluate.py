@@ -47,7 +47,9 @@ def evaluate(
         raise InputError(f"{text}: too short to score; expected at least two tokens in a document")
     tell = progress or (lambda *_: None)
     return {
-        depth: _quality(runner, parts, depth, lambda done, at=at: tell("scoring", at * len(parts) + done, len(parts) * len(depths)))
+        depth: _quality(
+            runner, parts, depth, lambda done, at=at: tell("scoring", at * len(parts) + done, len(parts) * len(depths))
+        )
         for at, depth in enumerate(depths)
     }
 

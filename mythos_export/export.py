@@ -94,7 +94,9 @@ def _depth(config: ModelConfig, loops: int | None, max_loops: int | None) -> int
     if loops is None:
         return max_loops or config.loop.trained_loops
     if max_loops is not None and max_loops != loops:
-        raise InputError(f"max_loops is {max_loops} but loops fixes the count at {loops}; max_loops goes with dynamic loops")
+        raise InputError(
+            f"max_loops is {max_loops} but loops fixes the count at {loops}; max_loops goes with dynamic loops"
+        )
     return loops
 
 
@@ -134,7 +136,9 @@ def _write_weights(
         start, rows = file.size, 0
         for piece in packs[name]():
             if tuple(piece.shape[1:]) != parameter.shape[1:]:
-                raise CheckpointError(f"{name}: a piece of shape {list(piece.shape)} does not fit {list(parameter.shape)}")
+                raise CheckpointError(
+                    f"{name}: a piece of shape {list(piece.shape)} does not fit {list(parameter.shape)}"
+                )
             rows += piece.shape[0]
             file.write(_bytes_of(piece.to(parameter.dtype)))
             tell("writing weights", file.size, total)
@@ -163,7 +167,9 @@ def _attach(traced: Traced, offsets: dict[str, tuple[int, int]]) -> None:
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE, offset, length, kinds[parameter.dtype], shape=ir.Shape(parameter.shape), name=name
         )
-    used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(traced.model.graph) if node.domain == ops.DOMAIN}
+    used = {
+        node.op_type for node in ir.traversal.RecursiveGraphIterator(traced.model.graph) if node.domain == ops.DOMAIN
+    }
     for operator in ops.OPERATORS:
         if operator.name in used:
             function = ir.serde.deserialize_function(operator.function)

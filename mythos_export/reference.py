@@ -55,7 +55,9 @@ def _load_module() -> Any:
         return sys.modules[_MODULE]
     package = importlib.util.find_spec("open_mythos")
     if package is None or not package.submodule_search_locations:
-        raise ReferenceMissingError("the reference model is not installed; run: pip install --no-deps open-mythos==0.5.0")
+        raise ReferenceMissingError(
+            "the reference model is not installed; run: pip install --no-deps open-mythos==0.5.0"
+        )
     path = Path(package.submodule_search_locations[0]) / "main.py"
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     if spec is None or spec.loader is None:

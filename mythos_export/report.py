@@ -98,9 +98,7 @@ def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
     model, source, graphs = plain["model"], plain["source"], plain["graphs"]
     attention = model["prelude"] + model["loop_layers"] if "loop_layers" in model else model["prelude"]
     depth = f"{graphs[0]['loops']} loops" if graphs[0]["loops"] is not None else f"1 to {graphs[0]['max_loops']} loops"
-    head = (
-        f"{plain['bundle']}: {plain['parameters'] / 1e6:.1f} M parameters, {graphs[0]['weight_dtype']}, {depth}, {size(plain['bytes'])}"
-    )
+    head = f"{plain['bundle']}: {plain['parameters'] / 1e6:.1f} M parameters, {graphs[0]['weight_dtype']}, {depth}, {size(plain['bytes'])}"
     if brief:
         return head
     layers = f"{len(model['prelude'])} prelude, {len(model['loop_layers'])} looped, {len(model['coda'])} coda"
@@ -113,13 +111,18 @@ def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
         ["source", " ".join(str(source[key]) for key in ("name", "step") if source.get(key) is not None)],
         ["made by", plain["producer"]],
         ["tokenizer", plain["tokenizer"] or "none: token ids only"],
-        *([f"graph {graph['file']}", f"{graph['dtype']} cache and sums over {graph['weight_dtype']} weights"] for graph in graphs),
+        *(
+            [f"graph {graph['file']}", f"{graph['dtype']} cache and sums over {graph['weight_dtype']} weights"]
+            for graph in graphs
+        ),
     ]
     parity = plain.get("parity")
     if parity:
         worst = max(parity["checks"], key=lambda check: check["max_abs_error"])
         verdict = "agrees" if all(check["ok"] for check in parity["checks"]) else "DISAGREES"
-        rows.append(["verified", f"{verdict} with {parity['oracle']}, worst {worst['name']} {worst['max_abs_error']:.1e}"])
+        rows.append(
+            ["verified", f"{verdict} with {parity['oracle']}, worst {worst['name']} {worst['max_abs_error']:.1e}"]
+        )
     else:
         rows.append(["verified", "not yet: mythos-export verify BUNDLE SOURCE"])
     return f"{head}\n{markdown_table(['what', 'value'], rows)}"
@@ -127,7 +130,10 @@ def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
 
 def doctor_report(plain: dict[str, Any], brief: bool = False) -> str:
     """What `doctor` shows."""
-    can = [f"{'✓' if ok else '✗'} {task}" + ("" if ok else f": {plain['missing'][task]}") for task, ok in plain["can"].items()]
+    can = [
+        f"{'✓' if ok else '✗'} {task}" + ("" if ok else f": {plain['missing'][task]}")
+        for task, ok in plain["can"].items()
+    ]
     if brief:
         return "\n".join(can)
     packages = [[name, version or "missing"] for name, version in plain["packages"].items()]

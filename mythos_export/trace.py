@@ -49,9 +49,7 @@ class Traced:
     parameters: dict[str, Parameter]
 
 
-def trace(
-    config: ModelConfig, *, loops: int | None, max_loops: int, dtype: torch.dtype = torch.float32
-) -> Traced:
+def trace(config: ModelConfig, *, loops: int | None, max_loops: int, dtype: torch.dtype = torch.float32) -> Traced:
     """Traces the model: loops unrolls that many, None makes the loop count an input of at most max_loops."""
     ops.register_schemas()
     fixed = loops if config.loop else 0
@@ -62,7 +60,7 @@ def trace(
     exported = torch.export.export(decoder, args, dynamic_shapes=dynamic_shapes)
     with _quiet():
         program = torch.onnx.export(
-                exported,
+            exported,
             dynamo=True,
             opset_version=ops.OPSET,
             optimize=False,
@@ -130,7 +128,11 @@ def _clean(model: ir.Model, parameters: dict[str, Parameter]) -> None:
 
 def _name_dimensions(model: ir.Model) -> None:
     """The exporter's symbols (s53) become batch, seq, k, slots, capacity, wherever they stand alone."""
-    names = {"input_ids": ("batch", "seq"), "past_kv": ("slots", "batch", "capacity"), "logit_positions": ("batch", "k")}
+    names = {
+        "input_ids": ("batch", "seq"),
+        "past_kv": ("slots", "batch", "capacity"),
+        "logit_positions": ("batch", "k"),
+    }
     symbols = {
         str(symbol): name
         for graph_input in model.graph.inputs
@@ -185,7 +187,9 @@ def widened(model: ir.Model) -> ir.Model:
     for node in ir.traversal.RecursiveGraphIterator(graph):
         if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in reduced:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
-        inner = [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
+        inner = [
+            attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH
+        ]
         for value in [*node.outputs, *(graph_input for body in inner for graph_input in body.inputs)]:
             if value.dtype in reduced:
                 value.dtype = ir.DataType.FLOAT

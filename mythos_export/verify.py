@@ -45,7 +45,9 @@ def verify(
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
     runner = load(bundle)
     if ModelConfig.from_dict(runner.manifest.model) != checkpoint.config:
-        raise InputError(f"{bundle}: was exported from another model than {checkpoint.source.name}; pass its own checkpoint")
+        raise InputError(
+            f"{bundle}: was exported from another model than {checkpoint.source.name}; pass its own checkpoint"
+        )
     depths = [int(check_n_loops(runner.graph, depth, 1)[0]) for depth in (loops or [None])]  # type: ignore[list-item]
     ids = _input_ids(runner, text, tokens)
     weight_dtype = runner.graph.weight_dtype
@@ -58,7 +60,9 @@ def verify(
         checks += _checks(runner, decoder, oracle, ids, depth)
     if progress:
         progress("verifying", len(depths), len(depths))
-    parity = Parity(f"torch {torch.__version__}" + (f", {reference.version()}" if oracle else ""), len(ids), tuple(checks))
+    parity = Parity(
+        f"torch {torch.__version__}" + (f", {reference.version()}" if oracle else ""), len(ids), tuple(checks)
+    )
     folder, manifest = open_bundle(bundle)
     rewrite_manifest(folder, msgspec.structs.replace(manifest, parity=parity))
     return parity
@@ -75,7 +79,9 @@ def _input_ids(runner: Runner, text: str | Path | None, tokens: int) -> list[int
         ids += runner.encode(document)
         if len(ids) >= tokens:
             return ids[:tokens]
-    raise InputError(f"{text}: holds {len(ids)} tokens, fewer than the {tokens} asked for; pass --tokens {len(ids)} or a longer text")
+    raise InputError(
+        f"{text}: holds {len(ids)} tokens, fewer than the {tokens} asked for; pass --tokens {len(ids)} or a longer text"
+    )
 
 
 def _checks(runner: Runner, decoder: Any, oracle: Any, ids: list[int], depth: int) -> list[Check]:
@@ -97,7 +103,9 @@ def _checks(runner: Runner, decoder: Any, oracle: Any, ids: list[int], depth: in
     errors["decode"] = _error(np.stack(decoded), want.logits[0, -_DECODED:])
     if expected is not None:
         errors["reference"] = _error(got.logits[0], expected)
-    return [Check(name, depth, error, TOLERANCE[name], bool(error <= TOLERANCE[name])) for name, error in errors.items()]
+    return [
+        Check(name, depth, error, TOLERANCE[name], bool(error <= TOLERANCE[name])) for name, error in errors.items()
+    ]
 
 
 def _error(a: Any, b: Any) -> float:

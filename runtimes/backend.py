@@ -36,7 +36,13 @@ class Backend(Protocol):
     graph: Graph
 
     def run(
-        self, input_ids: Int64, past_len: Int64, past_kv: Array, logit_positions: Int64, n_loops: Int64, stop: StopSignal
+        self,
+        input_ids: Int64,
+        past_len: Int64,
+        past_kv: Array,
+        logit_positions: Int64,
+        n_loops: Int64,
+        stop: StopSignal,
     ) -> StepOutput:
         """input_ids [B, S], past_len [B], past_kv [slots, B, C, W], logit_positions [B, K], n_loops [B].
 

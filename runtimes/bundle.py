@@ -127,7 +127,9 @@ def open_bundle(path: str | Path) -> tuple[Path, Manifest]:
     listed = [name for graph in manifest.graphs for name in (graph.file, *graph.weights)]
     unlisted = sorted(set(listed + [manifest.tokenizer] * bool(manifest.tokenizer)) - set(manifest.files))  # type: ignore[list-item]
     if unlisted or not manifest.graphs:
-        raise BundleError(f"{manifest_path}: names {', '.join(unlisted) or 'no graph'} without a checksum; export again")
+        raise BundleError(
+            f"{manifest_path}: names {', '.join(unlisted) or 'no graph'} without a checksum; export again"
+        )
     return folder, manifest
 
 
@@ -153,7 +155,9 @@ def _read_manifest(path: Path) -> Manifest:
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     relative = PurePosixPath(name)
     if relative.is_absolute() or "\\" in name or not relative.parts or ".." in relative.parts:
-        raise BundleError(f'{folder / MANIFEST}: names "{name}", which leaves the bundle\'s folder; do not use this bundle')
+        raise BundleError(
+            f'{folder / MANIFEST}: names "{name}", which leaves the bundle\'s folder; do not use this bundle'
+        )
     path = folder
     for part in relative.parts:
         path = path / part
@@ -230,10 +234,14 @@ class BundleWriter:
         if not os.path.lexists(self.target):
             return
         if not force:
-            raise BundleError(f"{self.target}: exists already; choose another folder or pass --force to replace the bundle")
+            raise BundleError(
+                f"{self.target}: exists already; choose another folder or pass --force to replace the bundle"
+            )
         replaceable = self.target.is_dir() and not self.target.is_symlink()
         if not replaceable or (any(self.target.iterdir()) and not (self.target / MANIFEST).is_file()):
-            raise BundleError(f"{self.target}: exists and is not a bundle; --force replaces bundles and empty folders only")
+            raise BundleError(
+                f"{self.target}: exists and is not a bundle; --force replaces bundles and empty folders only"
+            )
 
     def _remove_leftovers(self) -> None:
         for leftover in self.target.parent.glob(f".{self.target.name}{_PARTIAL}*"):
@@ -333,5 +341,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-

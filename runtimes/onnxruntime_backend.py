@@ -36,10 +36,18 @@ class OnnxRuntimeBackend:
                 str(folder / self.graph.file), options, providers=["CPUExecutionProvider"]
             )
         except _FAILURES as error:
-            raise BackendError(f"{folder / self.graph.file}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
+            raise BackendError(
+                f"{folder / self.graph.file}: onnxruntime {onnxruntime.__version__} refuses it: {error}"
+            ) from error
 
     def run(
-        self, input_ids: Int64, past_len: Int64, past_kv: Array, logit_positions: Int64, n_loops: Int64, stop: StopSignal
+        self,
+        input_ids: Int64,
+        past_len: Int64,
+        past_kv: Array,
+        logit_positions: Int64,
+        n_loops: Int64,
+        stop: StopSignal,
     ) -> StepOutput:
         feeds = {"input_ids": input_ids, "past_len": past_len, "past_kv": past_kv, "logit_positions": logit_positions}
         if self.graph.loops is None:
@@ -76,5 +84,3 @@ def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         _log.warning(message)
-
-

@@ -59,7 +59,13 @@ class Runner:
         return self._tokenizer is not None
 
     def run_step(
-        self, input_ids: Int64, past_len: Int64, past_kv: Array, logit_positions: Int64, n_loops: Int64, stop: StopSignal
+        self,
+        input_ids: Int64,
+        past_len: Int64,
+        past_kv: Array,
+        logit_positions: Int64,
+        n_loops: Int64,
+        stop: StopSignal,
     ) -> StepOutput:
         """One evaluation of the graph as it is, cache given and new rows returned; see Backend.run for shapes."""
         return self._backend.run(input_ids, past_len, past_kv, logit_positions, n_loops, stop)
@@ -74,7 +80,9 @@ class Runner:
         text: str = self._need_tokenizer().decode(list(ids))
         return text
 
-    def session(self, batch: int = 1, n_loops: int | Sequence[int] | None = None, chunk: int = PREFILL_CHUNK) -> Session:
+    def session(
+        self, batch: int = 1, n_loops: int | Sequence[int] | None = None, chunk: int = PREFILL_CHUNK
+    ) -> Session:
         """A batch of sequences to feed step by step with one's own sampler. chunk: tokens a prefill step."""
         return Session(self._backend, batch, n_loops, chunk)
 
@@ -111,7 +119,8 @@ class Runner:
             raise InputError("stop texts need a tokenizer in the bundle and must not be empty; pass token ids instead")
         seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
         sequences = [
-            Sequence_(i, row, StreamedText(self._tokenizer, row, texts), SplitMix64(seed + i)) for i, row in enumerate(ids)
+            Sequence_(i, row, StreamedText(self._tokenizer, row, texts), SplitMix64(seed + i))
+            for i, row in enumerate(ids)
         ]
         limits = Limits(
             max_new_tokens,
@@ -144,5 +153,7 @@ class Runner:
 
     def _need_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise InputError("the bundle has no tokenizer; pass token ids, or export it with --tokenizer tokenizer.json")
+            raise InputError(
+                "the bundle has no tokenizer; pass token ids, or export it with --tokenizer tokenizer.json"
+            )
         return self._tokenizer

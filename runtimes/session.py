@@ -118,7 +118,9 @@ def check_n_loops(graph: Graph, n_loops: int | Sequence[int] | None, batch: int)
     default = graph.default_loops if graph.loops is None else graph.loops
     if isinstance(n_loops, Sequence):
         if len(n_loops) != batch:
-            raise InputError(f"n_loops has {len(n_loops)} values for {batch} sequences; expected one number or one a sequence")
+            raise InputError(
+                f"n_loops has {len(n_loops)} values for {batch} sequences; expected one number or one a sequence"
+            )
         values = list(n_loops)
     else:
         values = [default if n_loops is None else n_loops] * batch

@@ -179,7 +179,10 @@ def tensor_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
             f"{prefix}down.weight": (dim, hidden),
         }
 
-    experts: dict[str, tuple[int, ...]] = {"router.weight": (settings.n_experts, dim), "router_bias": (settings.n_experts,)}
+    experts: dict[str, tuple[int, ...]] = {
+        "router.weight": (settings.n_experts, dim),
+        "router_bias": (settings.n_experts,),
+    }
     for index in range(settings.n_experts):
         experts |= expert(f"routed_experts.{index}.", settings.expert_dim)
     for index in range(settings.n_shared_experts):

@@ -47,7 +47,15 @@ class LatentAttention(nn.Module):
         """x [B, S, D] -> [B, S, D] and the new rows [B, S, W]."""
         q_latent, kv = self.down(x).split(self.split, -1)
         y, new_kv = torch.ops.mythos.latent_attention(
-            self.q_up(self.q_norm(q_latent)), kv, self.kv_norm, self.w_uk, self.w_uv, *context, slot, self.scale, self.epsilon
+            self.q_up(self.q_norm(q_latent)),
+            kv,
+            self.kv_norm,
+            self.w_uk,
+            self.w_uv,
+            *context,
+            slot,
+            self.scale,
+            self.epsilon,
         )
         return self.out(y), new_kv
 

@@ -61,7 +61,8 @@ class Operator:
     def _infer(self, context: Any) -> None:
         types = [context.get_input_type(i) for i in range(context.get_num_inputs())]
         model_type = next(
-            (kind for kind, (_, spec, _) in zip(types, self.inputs, strict=True) if spec == "T" and kind is not None), None
+            (kind for kind, (_, spec, _) in zip(types, self.inputs, strict=True) if spec == "T" and kind is not None),
+            None,
         )
         if model_type is None or any(kind is None or not kind.tensor_type.HasField("shape") for kind in types):
             return
