@@ -1,6 +1,7 @@
 """mythos-export: OpenMythos training checkpoints to ONNX bundles, and one Runner for them.
 
-`load` and what belongs to it come from `runtimes` and need no torch; `export` and `verify` do, and are imported when used.
+`load` and what belongs to it come from `runtimes` and need no torch; `export_bundle` and `verify_bundle` do, and are
+imported when used.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ _HOMES = {
     "BundleError": "runtimes.errors",
     "InputError": "runtimes.errors",
     "BackendError": "runtimes.errors",
-    "export": "mythos_export.export",
+    "export_bundle": "mythos_export.export",
     "load_checkpoint": "mythos_export.checkpoint",
-    "verify": "mythos_export.verify",
+    "verify_bundle": "mythos_export.verify",
 }
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from mythos_export.checkpoint import load_checkpoint
-    from mythos_export.export import export
-    from mythos_export.verify import verify
-    from runtimes.errors import BackendError, BundleError, InputError, MythosError
-    from runtimes.generation import Generation, Token
-    from runtimes.runner import Runner, load
+    from mythos_export.checkpoint import load_checkpoint as load_checkpoint
+    from mythos_export.export import export_bundle as export_bundle
+    from mythos_export.verify import verify_bundle as verify_bundle
+    from runtimes.errors import BackendError as BackendError
+    from runtimes.errors import BundleError as BundleError
+    from runtimes.errors import InputError as InputError
+    from runtimes.errors import MythosError as MythosError
+    from runtimes.generation import Generation as Generation
+    from runtimes.generation import Token as Token
+    from runtimes.runner import Runner as Runner
+    from runtimes.runner import load as load
 
 
 def __getattr__(name: str) -> Any:

@@ -114,7 +114,7 @@ def _read_pt(path: Path) -> Checkpoint:
             f'{path}: not an OpenMythos training checkpoint: expected the keys "model" and "cfg", found {keys or "none"}'
         )
     cfg = content["cfg"]
-    fields = cfg if isinstance(cfg, dict) else vars(cfg)
+    fields: dict[str, Any] = cfg if isinstance(cfg, dict) else dict(vars(cfg))
     step = content.get("step")
     kind = Source(kind="pt", name=path.name, sha256=sha256_of(path), step=step if isinstance(step, int) else None)
     return _checkpoint(path, fields, content["model"], kind)

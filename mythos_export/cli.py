@@ -95,7 +95,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Turn a checkpoint into a bundle."""
-    from mythos_export.export import export as run
+    from mythos_export.export import export_bundle as run
     from mythos_export.report import progress_bar, size
 
     count = None if loops == "dynamic" else (_numbers(loops, "--loops") or [0])
@@ -137,7 +137,7 @@ def verify(
 ) -> None:
     """Compare a bundle on onnxruntime with its checkpoint in torch; exit 1 beyond tolerance."""
     from mythos_export.report import progress_bar
-    from mythos_export.verify import verify as run
+    from mythos_export.verify import verify_bundle as run
 
     with progress_bar(quiet or as_json) as tell:
         parity = run(bundle, source, text=text, tokens=tokens, loops=_numbers(loops, "--loops"), progress=tell)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mythos_export.bench import Workload, bench
-from mythos_export.export import export
+from mythos_export.export import export_bundle
 from mythos_export.report import bench_report
-from mythos_export.verify import verify
+from mythos_export.verify import verify_bundle
 from runtimes.errors import InputError
 from runtimes.runner import load
 
@@ -42,16 +42,16 @@ def _run(bundle: Path, say: bool) -> dict[str, Any]:
             print(text, end=end, flush=True)
 
     tell(f"$ mythos-export export {source.name} -o {bundle.name}")
-    export(source, bundle, max_loops=8, force=True)
+    export_bundle(source, bundle, max_loops=8, force=True)
     tell(f"$ mythos-export verify {bundle.name} {source.name} --loops 1,4,8")
-    parity = verify(bundle, source, tokens=64, loops=(1, 4, 8))
+    parity = verify_bundle(bundle, source, tokens=64, loops=(1, 4, 8))
     for check in parity.checks:
         tell(
             f"  {'✓' if check.ok else '✗'} loops {check.loops} {check.name:<10} max abs error {check.max_abs_error:.1e}"
         )
     tell(f"$ mythos-export generate {bundle.name} --prompt {PROMPT!r} -n 200 --temperature 0.8 --top-k 40 --seed 1\n")
     runner = load(bundle)
-    generation = runner.generate(PROMPT, 200, temperature=0.8, top_k=40, seed=1)
+    generation = runner.generate(PROMPT, 200, temperature=0.8, top_k=40, seed=1, ignore_eos=True)
     tell(PROMPT, end="")
     for token in generation:
         tell(token.text, end="")

@@ -45,13 +45,15 @@ def evaluate(
     parts = list(windows(read_documents(text), runner.encode, runner.decode, length, max_tokens))
     if not parts:
         raise InputError(f"{text}: too short to score; expected at least two tokens in a document")
-    tell = progress or (lambda *_: None)
-    return {
-        depth: _quality(
-            runner, parts, depth, lambda done, at=at: tell("scoring", at * len(parts) + done, len(parts) * len(depths))
-        )
-        for at, depth in enumerate(depths)
-    }
+    results: dict[int, Quality] = {}
+    for at, depth in enumerate(depths):
+
+        def tell(done: int, before: int = at * len(parts)) -> None:
+            if progress:
+                progress("scoring", before + done, len(parts) * len(depths))
+
+        results[depth] = _quality(runner, parts, depth, tell)
+    return results
 
 
 def _quality(runner: Runner, parts: list[Window], depth: int, tell: Callable[[int], None]) -> Quality:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -29,7 +30,7 @@ _SMALL_FILES = 32 * 2**20  # bytes allowed for graphs, tokenizer and manifest wh
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
-def export(
+def export_bundle(
     source: str | Path | Checkpoint,
     target: str | Path,
     *,
@@ -106,7 +107,7 @@ def _check_tokenizer(path: Path, vocab_size: int) -> tuple[int, ...]:
         raise InputError(f"{path}: no such tokenizer file; expected a tokenizer.json of Hugging Face tokenizers")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (tokenizers raises plain Exception)
+    except Exception as error:
         raise InputError(f"{path}: not a tokenizer.json of Hugging Face tokenizers: {error}") from error
     if tokenizer.get_vocab_size() > vocab_size:
         raise InputError(
@@ -149,7 +150,8 @@ def _write_weights(
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    flat: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _attach(traced: Traced, offsets: dict[str, tuple[int, int]]) -> None:

@@ -96,9 +96,11 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
 def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
     """What `inspect` shows: the model, the graphs, where it came from, how well it agreed."""
     model, source, graphs = plain["model"], plain["source"], plain["graphs"]
-    attention = model["prelude"] + model["loop_layers"] if "loop_layers" in model else model["prelude"]
+    attention = model["prelude"] + model["loop_layers"] + model["coda"]
     depth = f"{graphs[0]['loops']} loops" if graphs[0]["loops"] is not None else f"1 to {graphs[0]['max_loops']} loops"
-    head = f"{plain['bundle']}: {plain['parameters'] / 1e6:.1f} M parameters, {graphs[0]['weight_dtype']}, {depth}, {size(plain['bytes'])}"
+    millions = plain["parameters"] / 1e6
+    weights = graphs[0]["weight_dtype"]
+    head = f"{plain['bundle']}: {millions:.1f} M parameters, {weights}, {depth}, {size(plain['bytes'])}"
     if brief:
         return head
     layers = f"{len(model['prelude'])} prelude, {len(model['loop_layers'])} looped, {len(model['coda'])} coda"

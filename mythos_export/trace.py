@@ -12,6 +12,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -24,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from mythos_export import __version__, ops
 from mythos_export.config import ModelConfig
 from mythos_export.model import Decoder
+from runtimes.errors import MythosError
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FOLD_LIMIT = 1024  # numbers; folding serves shapes and constants, weights stay as they are stored
@@ -69,6 +71,8 @@ def trace(config: ModelConfig, *, loops: int | None, max_loops: int, dtype: torc
             custom_translation_table={operator.torch_op: operator.translation for operator in ops.OPERATORS},
             verbose=False,
         )
+        if program is None:
+            raise MythosError("torch.onnx.export returned no graph; this torch release is not supported")
         _clean(program.model, parameters)
     return Traced(program.model, parameters)
 
@@ -103,7 +107,7 @@ class _quiet(warnings.catch_warnings):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         logging.disable(logging.NOTSET)
         super().__exit__(*error)
 

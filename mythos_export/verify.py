@@ -26,7 +26,7 @@ TOLERANCE = {"logits": 2e-4, "new_kv": 2e-4, "exit_loop": 0.0, "decode": 2e-4, "
 _DECODED = 8  # tokens fed one by one in the decode check
 
 
-def verify(
+def verify_bundle(
     bundle: str | Path,
     source: str | Path | Checkpoint,
     *,

@@ -25,8 +25,8 @@ class StepOutput(NamedTuple):
     exit_loop: Int64
 
 
-class Cancelled(Exception):  # noqa: N818 (not an error: the caller asked for it)
-    """A step was stopped by cancel()."""
+class Cancelled(Exception):
+    """A step was stopped because the caller asked for it: no error, and it never leaves a Generation."""
 
 
 class Backend(Protocol):

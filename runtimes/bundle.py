@@ -124,8 +124,10 @@ def open_bundle(path: str | Path) -> tuple[Path, Manifest]:
     manifest = _read_manifest(manifest_path)
     for name, entry in manifest.files.items():
         _check_file(folder, name, entry)
-    listed = [name for graph in manifest.graphs for name in (graph.file, *graph.weights)]
-    unlisted = sorted(set(listed + [manifest.tokenizer] * bool(manifest.tokenizer)) - set(manifest.files))  # type: ignore[list-item]
+    listed = {name for graph in manifest.graphs for name in (graph.file, *graph.weights)}
+    if manifest.tokenizer is not None:
+        listed.add(manifest.tokenizer)
+    unlisted = sorted(listed - set(manifest.files))
     if unlisted or not manifest.graphs:
         raise BundleError(
             f"{manifest_path}: names {', '.join(unlisted) or 'no graph'} without a checksum; export again"

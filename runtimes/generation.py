@@ -97,7 +97,7 @@ class StreamedText:
 
 
 @dataclass
-class Sequence_:  # noqa: N801
+class SequenceState:
     """One sequence of a generation."""
 
     index: int
@@ -127,7 +127,13 @@ class Generation:
     """
 
     def __init__(
-        self, session: Session, sequences: list[Sequence_], sampling: Sampling, limits: Limits, batched: bool, seed: int
+        self,
+        session: Session,
+        sequences: list[SequenceState],
+        sampling: Sampling,
+        limits: Limits,
+        batched: bool,
+        seed: int,
     ) -> None:
         self.stats = Stats(prompt_tokens=sum(len(sequence.seen) for sequence in sequences), seed=seed)
         self._session, self._sequences, self._sampling, self._limits = session, sequences, sampling, limits
@@ -189,7 +195,7 @@ class Generation:
             for sequence in active:
                 sequence.finish_reason = sequence.finish_reason or "cancelled"
 
-    def _choose(self, sequence: Sequence_, logits: Float32) -> Token:
+    def _choose(self, sequence: SequenceState, logits: Float32) -> Token:
         token = self._sampling.choose(logits, sequence.seen, sequence.random)
         logprob = float(log_softmax(logits)[token])
         sequence.seen.append(token)

@@ -68,7 +68,8 @@ def _choose(manifest: Manifest) -> Graph:
         if graph.dtype == "float32":
             if graph.weight_dtype != "float32":
                 _say_once(
-                    f"onnxruntime's CPU kernels do not compute in {graph.weight_dtype}: the weights are converted to float32 at load"
+                    f"onnxruntime's CPU kernels do not compute in {graph.weight_dtype}: "
+                    "the weights are converted to float32 at load"
                 )
             return graph
     raise BackendError(

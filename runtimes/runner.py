@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from runtimes.backend import Array, Backend, Float32, Int64, StepOutput, StopSignal
 from runtimes.bundle import Manifest, open_bundle
 from runtimes.errors import BackendError, InputError
-from runtimes.generation import Generation, Limits, Sequence_, StreamedText
+from runtimes.generation import Generation, Limits, SequenceState, StreamedText
 from runtimes.onnxruntime_backend import OnnxRuntimeBackend
 from runtimes.sampling import Sampling, SplitMix64, log_softmax
 from runtimes.session import PREFILL_CHUNK, Session, check_ids
@@ -119,7 +119,7 @@ class Runner:
             raise InputError("stop texts need a tokenizer in the bundle and must not be empty; pass token ids instead")
         seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
         sequences = [
-            Sequence_(i, row, StreamedText(self._tokenizer, row, texts), SplitMix64(seed + i))
+            SequenceState(i, row, StreamedText(self._tokenizer, row, texts), SplitMix64(seed + i))
             for i, row in enumerate(ids)
         ]
         limits = Limits(

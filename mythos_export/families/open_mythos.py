@@ -8,6 +8,7 @@ split into its key and value part; experts are packed; what depends on the loop 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 import torch
@@ -73,8 +74,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"n_heads is {self.n_heads} and dim {self.dim}; expected at least 1 of each")
 
 
-_LONG = {"max_seq_len": 1_000_000, "max_output_tokens": 131_072}
-_HEADS_128 = {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+_LONG: dict[str, Any] = {"max_seq_len": 1_000_000, "max_output_tokens": 131_072}
+_HEADS_128: dict[str, Any] = {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 VARIANTS: dict[str, Settings] = {
     "mythos_1b": Settings(
         dim=2048, n_heads=16, n_kv_heads=4, max_loop_iters=16, kv_lora_rank=256, q_lora_rank=512, qk_rope_head_dim=32,
@@ -167,7 +168,7 @@ def tensor_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
                 "wv.weight": (settings.n_kv_heads * head, dim),
                 "wo.weight": (dim, heads * head),
             }
-        parts = {"attn_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
+        parts: dict[str, tuple[int, ...]] = {"attn_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
         parts |= {f"attn.{name}": shape for name, shape in attention.items()}
         parts |= {f"ffn.{name}": shape for name, shape in feed_forward.items()}
         return {f"{prefix}.{name}": shape for name, shape in parts.items()}
@@ -327,7 +328,8 @@ def _pack_loop(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
 
 def _halves(rows: Tensor, head_dim: int) -> Tensor:
     """Output channels [n*head_dim, in] of rotated heads, from neighbouring RoPE pairs to pairs half a head apart."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    halves: Tensor = rows.unflatten(0, (-1, head_dim // 2, 2))
+    return halves.transpose(1, 2).flatten(0, 2)
 
 
 def _angles(config: ModelConfig) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mythos_export.config import DenseConfig, LayerConfig, ModelConfig
 from mythos_export.model.attention import Context, attention
-from mythos_export.model.layers import FeedForward, Linear, RMSNorm, empty
+from mythos_export.model.layers import FeedForward, RMSNorm, empty
 from mythos_export.model.mixture_of_experts import MixtureOfExperts
 from mythos_export.model.recurrent import Recurrent
 
@@ -106,4 +106,5 @@ class Decoder(nn.Module):
         """x [B, K, D] -> [B, K, V] float32, the matrix on the left: no transposed copy of a tied embedding is ever made."""
         head = self.embed if self.head is None else self.head
         by_token = (head @ x.flatten(0, 1).T).T
-        return by_token.unflatten(0, x.shape[:2]).float()
+        logits: Tensor = by_token.unflatten(0, x.shape[:2])
+        return logits.float()

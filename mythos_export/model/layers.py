@@ -54,4 +54,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(gate * torch.sigmoid(gate) * up)
+        y: Tensor = self.down(gate * torch.sigmoid(gate) * up)
+        return y

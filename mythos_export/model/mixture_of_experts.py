@@ -25,7 +25,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = FeedForward(dim, DenseConfig(config.shared_dim), dtype) if config.shared_dim else None
 
     def forward(self, x: Tensor) -> Tensor:
-        routed = torch.ops.mythos.mixture_of_experts(
+        routed: Tensor = torch.ops.mythos.mixture_of_experts(
             x, self.router, self.router_bias, self.gate_up, self.down, self.top_k
         )
         return routed if self.shared is None else routed + self.shared(x)

@@ -8,7 +8,7 @@ Shape letters: B batch, S new tokens, D dim, T loops, r lora_rank, C capacity an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ class LoopState(NamedTuple):
 class Recurrent(nn.Module):
     """One block of layers, looped. Tables over loops have max_loops rows; the LoRA's last trained row serves deeper ones."""
 
-    def __init__(self, config: ModelConfig, loop: LoopConfig, layers: Sequence[nn.Module], max_loops: int) -> None:
+    def __init__(self, config: ModelConfig, loop: LoopConfig, layers: Iterable[nn.Module], max_loops: int) -> None:
         super().__init__()
         dim, dtype = config.dim, torch.float32
         self.first_slot = len(config.prelude)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mythos_export.ops.operator import wide
+
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm (arXiv 1910.07467) over the last dimension, in the dtype of x (float32 where it matters)."""
@@ -16,8 +18,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864) of heads [B, S, n, 2h] by cos, sin [B, S, h]; pairs lie half a head apart. float32."""
-    first, second = heads.float().chunk(2, -1)
+    """RoPE (arXiv 2104.09864) of heads [B, S, n, 2h] by cos, sin [B, S, h]; pairs lie half a head apart."""
+    first, second = wide(heads).chunk(2, -1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
@@ -39,7 +41,7 @@ def live_past(past_kv: Tensor, past_len: Tensor, slot: Tensor, new_kv: Tensor) -
 
 def attend_rows(scores: Tensor, rows: Tensor, allowed: Tensor) -> Tensor:
     """Softmax of scores [B, S, H, L] in float32 where allowed, times rows [B, L, H or 1, W] -> [B, S, H, W]."""
-    probabilities = torch.softmax(scores.float().masked_fill(~allowed, float("-inf")), -1).to(rows.dtype)
+    probabilities = torch.softmax(wide(scores).masked_fill(~allowed, float("-inf")), -1).to(rows.dtype)
     return torch.einsum("bshl,blhw->bshw", probabilities, rows.expand(-1, -1, scores.shape[2], -1))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mythos_export.ops.cached_attention import MASK, ROTATE_HEADS, SOFTMAX, attend_rows, live_past, rms_norm, rotate
-from mythos_export.ops.operator import Operator
+from mythos_export.ops.operator import Operator, wide
 
 
 @torch.library.custom_op("mythos::latent_attention", mutates_args=())
@@ -43,7 +43,7 @@ def latent_attention(
     n_heads, nope, rank = w_uk.shape
     heads = q.unflatten(-1, (n_heads, -1))
     latent, key = kv.split([rank, kv.shape[-1] - rank], -1)
-    latent = rms_norm(latent.float(), kv_norm.float(), epsilon)
+    latent = rms_norm(wide(latent), wide(kv_norm), epsilon)
     new_kv = torch.cat([latent, rotate(key.unsqueeze(2), cos, sin).squeeze(2)], -1).to(q.dtype)
     q_latent = torch.einsum("bshn,hnr->bshr", heads[..., :nope], w_uk)
     query = torch.cat([q_latent, rotate(heads[..., nope:], cos, sin).to(q.dtype)], -1) * scale

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos_export.ops.operator import Operator
+from mythos_export.ops.operator import Operator, wide
 
 # Gathering copies every chosen expert, walking over the experts costs a fixed time each. Where the copies exceed
 # this many numbers of gate_up for every expert there is, walking is faster (measured for dim 128 to 1024 on two CPU threads).
@@ -30,14 +30,14 @@ def mixture_of_experts(
     down [E, D, F]. Returns [..., D]. Router, softmax and the sum over experts are float32.
     """
     flat = x.reshape(-1, x.shape[-1])
-    logits = flat.float() @ router
+    logits = wide(flat) @ router
     chosen = (logits + router_bias).topk(top_k, -1).indices
     weight = torch.softmax(logits.gather(-1, chosen), -1)
-    y = torch.zeros(flat.shape, dtype=torch.float32, device=x.device)
+    y = torch.zeros(flat.shape, dtype=logits.dtype, device=x.device)
     for expert in chosen.unique().tolist():
         token, rank = torch.where(chosen == expert)
         gate, up = F.linear(flat[token], gate_up[expert]).chunk(2, -1)
-        out = F.linear(F.silu(gate) * up, down[expert]).float()
+        out = wide(F.linear(F.silu(gate) * up, down[expert]))
         y.index_add_(0, token, out * weight[token, rank].unsqueeze(-1))
     return y.to(x.dtype).reshape(x.shape)
 

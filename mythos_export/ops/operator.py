@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import onnx
+import torch
 from onnx import defs, parser
 from onnxscript import values as onnxscript_values
 
@@ -19,6 +20,11 @@ FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 
 Dim = int | str | None
 Shape = Sequence[Dim]
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 if it is: what norms, softmax, router and sums are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True)
