@@ -159,9 +159,7 @@ def _name_nodes(model: ir.Model) -> None:
     """prelude.0.attn/LatentAttention instead of node_42; the exporter's own notes (paths, stack traces) are dropped."""
     seen: Counter[str] = Counter()
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        scopes = [scope for scope in re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "")) if scope]
-        module = scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_") else "decoder"
-        name = f"{module}/{node.op_type}"
+        name = f"{_module_of(node, model.graph)}/{node.op_type}"
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
         node.metadata_props.clear()
@@ -170,6 +168,16 @@ def _name_nodes(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
+
+
+def _module_of(node: ir.Node, outermost: ir.Graph) -> str:
+    """The module a node was traced in: as the exporter noted, or, inside a loop where it notes nothing, whose weights it reads."""
+    scopes = [scope for scope in re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "")) if scope]
+    if len(scopes) > 1 and not scopes[-2].startswith("_"):
+        return scopes[-2]
+    weights = (value.name or "" for value in node.inputs if value is not None and value.is_initializer())
+    owner = next((name.rpartition(".")[0] for name in weights if "." in name), "")
+    return owner or ("decoder" if node.graph is outermost else "recurrent")
 
 
 def widened(model: ir.Model) -> ir.Model:
