@@ -172,11 +172,11 @@ def _name_nodes(model: ir.Model) -> None:
 
 def _module_of(node: ir.Node, outermost: ir.Graph) -> str:
     """The module a node was traced in: as the exporter noted, or, inside a loop where it notes nothing, whose weights it reads."""
-    scopes = [scope for scope in re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "")) if scope]
+    scopes: list[str] = [scope for scope in re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, "")) if scope]
     if len(scopes) > 1 and not scopes[-2].startswith("_"):
         return scopes[-2]
     weights = (value.name or "" for value in node.inputs if value is not None and value.is_initializer())
-    owner = next((name.rpartition(".")[0] for name in weights if "." in name), "")
+    owner: str = next((name.rpartition(".")[0] for name in weights if "." in name), "")
     return owner or ("decoder" if node.graph is outermost else "recurrent")
 
 

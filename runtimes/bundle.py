@@ -275,12 +275,6 @@ class BundleWriter:
         self._files[name] = HashedFile(self._open(name))
         return self._files[name]
 
-    def path_of(self, name: str) -> str:
-        """A path under which this process can read what was written so far."""
-        file = self._files[name].file
-        file.flush()
-        return f"/proc/self/fd/{file.fileno()}"
-
     def _open(self, name: str) -> BinaryIO:
         if hasattr(os, "O_TMPFILE"):
             try:

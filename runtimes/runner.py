@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,7 +148,10 @@ class Runner:
         return np.concatenate(parts)
 
     def _prompt_ids(self, prompt: Any, what: str) -> list[int]:
-        ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        try:
+            ids = self.encode(prompt) if isinstance(prompt, str) else [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise InputError(f"{what} is neither text nor a list of token ids: {error}") from error
         check_ids(ids, self.graph, what)
         return ids
 

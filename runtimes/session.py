@@ -116,7 +116,7 @@ class Session:
 def check_n_loops(graph: Graph, n_loops: int | Sequence[int] | None, batch: int) -> Int64:
     """n_loops of each row [B]. None is the trained depth. Raises InputError for a depth the graph cannot run."""
     default = graph.default_loops if graph.loops is None else graph.loops
-    if isinstance(n_loops, Sequence):
+    if isinstance(n_loops, (Sequence, np.ndarray)):
         if len(n_loops) != batch:
             raise InputError(
                 f"n_loops has {len(n_loops)} values for {batch} sequences; expected one number or one a sequence"
