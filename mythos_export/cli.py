@@ -90,6 +90,9 @@ def export(
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json; default the one beside the checkpoint.")
     ] = None,
+    eos: Annotated[
+        list[str] | None, typer.Option(metavar="TOKEN", help="A token that ends a text; default none. May be repeated.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -109,6 +112,7 @@ def export(
             max_loops=max_loops,
             dtype=dtype.value,
             tokenizer=tokenizer,
+            eos=eos or (),
             force=force,
             progress=tell,
         )
@@ -169,7 +173,9 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Share of the likeliest kept; 0 keeps all.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws; default a fresh one.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the output; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text or special token that ends the output; may be repeated.")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     backend: Annotated[Backend, typer.Option(help="Where to run.")] = Backend.auto,
     threads: Threads = None,

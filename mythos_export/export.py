@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def export_bundle(
     max_loops: int | None = None,
     dtype: str = "float32",
     tokenizer: str | Path | None = None,
+    eos: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -45,7 +46,8 @@ def export_bundle(
 
     source: what load_checkpoint takes, or a Checkpoint. loops: a fixed loop count, None for a dynamic one. max_loops: deepest
     n_loops of a dynamic bundle (default: the trained count). dtype: of the matrices and the cache. tokenizer: a tokenizer.json
-    (default: the one beside the checkpoint, if any). force: replace an existing bundle.
+    (default: the one beside the checkpoint, if any). eos: tokens that end a text (default none: OpenMythos checkpoints declare
+    none, and the reference generates on). force: replace an existing bundle.
     Raises CheckpointError, ConfigError, InputError or BundleError before anything is written.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
@@ -53,7 +55,7 @@ def export_bundle(
     if dtype not in DTYPES:
         raise InputError(f'dtype is "{dtype}"; expected one of {", ".join(DTYPES)}')
     text_file = Path(tokenizer) if tokenizer is not None else checkpoint.tokenizer
-    eos = _check_tokenizer(text_file, checkpoint.config.vocab_size) if text_file else ()
+    eos_ids = _check_tokenizer(text_file, checkpoint.config.vocab_size, eos)
     packs = checkpoint.tensors(max_loops)
     tell = progress or (lambda *_: None)
     needed = _bytes_needed(checkpoint.config, max_loops, DTYPES[dtype])
@@ -80,7 +82,7 @@ def export_bundle(
                 files={},
                 source=checkpoint.source,
                 tokenizer=TOKENIZER_FILE if text_file else None,
-                eos_token_ids=eos,
+                eos_token_ids=eos_ids,
             )
         )
 
@@ -101,21 +103,28 @@ def _depth(config: ModelConfig, loops: int | None, max_loops: int | None) -> int
     return loops
 
 
-def _check_tokenizer(path: Path, vocab_size: int) -> tuple[int, ...]:
-    """Refuses a tokenizer that cannot be the model's; returns the ids that end a text."""
+def _check_tokenizer(path: Path | None, vocab_size: int, eos: Sequence[str]) -> tuple[int, ...]:
+    """Refuses a tokenizer that cannot be the model's; returns the ids of the tokens that end a text."""
+    if path is None:
+        if eos:
+            raise InputError(f"eos names {', '.join(eos)}, but there is no tokenizer; pass one with --tokenizer")
+        return ()
     if not path.is_file():
         raise InputError(f"{path}: no such tokenizer file; expected a tokenizer.json of Hugging Face tokenizers")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
+    except Exception as error:  # tokenizers raises plain Exception
         raise InputError(f"{path}: not a tokenizer.json of Hugging Face tokenizers: {error}") from error
     if tokenizer.get_vocab_size() > vocab_size:
         raise InputError(
             f"{path}: {tokenizer.get_vocab_size()} tokens, but the model's vocabulary is {vocab_size}; "
             "pass the tokenizer it was trained with"
         )
-    ends = (tokenizer.token_to_id(token) for token in ("<|endoftext|>", "</s>", "<eos>"))
-    return tuple(token for token in ends if token is not None)
+    ids = {token: tokenizer.token_to_id(token) for token in eos}
+    unknown = [token for token, token_id in ids.items() if token_id is None]
+    if unknown:
+        raise InputError(f"{path}: has no token {', '.join(unknown)}; eos expects tokens of its vocabulary")
+    return tuple(ids.values())
 
 
 def _bytes_needed(config: ModelConfig, max_loops: int, dtype: torch.dtype) -> int:

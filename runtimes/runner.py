@@ -105,7 +105,8 @@ class Runner:
 
         max_new_tokens: at least 1. n_loops: depth, one number or one a prompt; default the trained one. temperature 0 is greedy;
         top_k, top_p, min_p, repetition_penalty: see Sampling. seed: of the draws, default a fresh one (in stats.seed). stop:
-        texts or token ids that end a sequence; a stop text is left out of the output. ignore_eos: go on after an end token.
+        texts, special tokens or token ids that end a sequence; a stop text is left out of the output. ignore_eos: go on after a
+        token that the bundle was exported with as ending a text.
         Raises InputError before any work for anything the model cannot serve.
         """
         batched = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
@@ -114,10 +115,7 @@ class Runner:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         ids = [self._prompt_ids(item, f"prompt {i}" if batched else "the prompt") for i, item in enumerate(prompts)]
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        stops = [stop] if isinstance(stop, (str, int)) else list(stop)
-        texts = [item for item in stops if isinstance(item, str)]
-        if texts and (self._tokenizer is None or "" in texts):
-            raise InputError("stop texts need a tokenizer in the bundle and must not be empty; pass token ids instead")
+        texts, stop_ids = self._stops([stop] if isinstance(stop, (str, int)) else list(stop))
         seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
         sequences = [
             SequenceState(i, row, StreamedText(self._tokenizer, row, texts), SplitMix64(seed + i))
@@ -127,7 +125,7 @@ class Runner:
             max_new_tokens,
             self.graph.max_seq_len,
             frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
-            frozenset(item for item in stops if not isinstance(item, str)),
+            stop_ids,
         )
         return Generation(self.session(len(ids), n_loops), sequences, sampling, limits, batched, seed)
 
@@ -146,6 +144,25 @@ class Runner:
             following = row[chunk.start + 1 : chunk.start + 1 + len(chunk.logits)]
             parts.append(log_softmax(chunk.logits[: len(following)])[np.arange(len(following)), following])
         return np.concatenate(parts)
+
+    def _stops(self, stops: list[str | int]) -> tuple[list[str], frozenset[int]]:
+        """Stop texts and stop ids; a text that is a special token's name means the token, which never shows as text."""
+        texts: list[str] = []
+        ids: set[int] = set()
+        special = self._tokenizer.get_added_tokens_decoder() if self._tokenizer is not None else {}
+        named = {token.content: token_id for token_id, token in special.items() if token.special}
+        for item in stops:
+            if not isinstance(item, str):
+                ids.add(item)
+            elif item in named:
+                ids.add(named[item])
+            elif self._tokenizer is None or not item:
+                raise InputError(
+                    "stop texts need a tokenizer in the bundle and must not be empty; pass token ids instead"
+                )
+            else:
+                texts.append(item)
+        return texts, frozenset(ids)
 
     def _prompt_ids(self, prompt: Any, what: str) -> list[int]:
         try:
