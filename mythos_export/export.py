@@ -120,11 +120,10 @@ def _check_tokenizer(path: Path | None, vocab_size: int, eos: Sequence[str]) -> 
             f"{path}: {tokenizer.get_vocab_size()} tokens, but the model's vocabulary is {vocab_size}; "
             "pass the tokenizer it was trained with"
         )
-    ids = {token: tokenizer.token_to_id(token) for token in eos}
-    unknown = [token for token, token_id in ids.items() if token_id is None]
-    if unknown:
-        raise InputError(f"{path}: has no token {', '.join(unknown)}; eos expects tokens of its vocabulary")
-    return tuple(ids.values())
+    ids = [tokenizer.token_to_id(token) for token in eos]
+    if None in ids:
+        raise InputError(f"{path}: has no token {eos[ids.index(None)]}; eos expects tokens of its vocabulary")
+    return tuple(ids)
 
 
 def _bytes_needed(config: ModelConfig, max_loops: int, dtype: torch.dtype) -> int:

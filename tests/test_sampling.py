@@ -88,8 +88,11 @@ def test_choosing_leaves_the_logits_alone():
 # Filters and draws
 
 
-def reference(logits, temperature, top_k, top_p, min_p):
-    """Candidates and their probabilities, most likely first, by the definitions and nothing else."""
+def reference(logits, temperature, top_k=0, top_p=1.0, min_p=0.0, clear=lambda ok: None):
+    """Candidates and their probabilities, most likely first, by the definitions and nothing else.
+
+    clear: told whether each filter's choice is clear, or within rounding of another.
+    """
     scaled = {token: float(logit) / temperature for token, logit in enumerate(logits)}
     order = sorted(scaled, key=lambda token: (-scaled[token], token))
     order = order[:top_k] if top_k else order
@@ -98,9 +101,9 @@ def reference(logits, temperature, top_k, top_p, min_p):
     kept = [(token, weight / total) for token, weight in zip(order, weights, strict=True)]
     if top_p < 1:
         sums = [math.fsum(p for _, p in kept[: n + 1]) for n in range(len(kept))]
-        assume(all(abs(reached - top_p) > 1e-9 for reached in sums))  # else rounding decides
+        clear(all(abs(reached - top_p) > 1e-9 for reached in sums))
         kept = kept[: next((n + 1 for n, reached in enumerate(sums) if reached >= top_p), len(kept))]
-    assume(not 0 < min_p < 1 or all(abs(p - min_p * kept[0][1]) > 1e-9 for _, p in kept))
+    clear(min_p == 0 or all(abs(p - min_p * kept[0][1]) > 1e-9 for _, p in kept))
     kept = [(token, p) for token, p in kept if p >= min_p * kept[0][1]]
     total = math.fsum(p for _, p in kept)
     return [(token, p / total) for token, p in kept]
@@ -116,7 +119,7 @@ def reference(logits, temperature, top_k, top_p, min_p):
 )
 def test_filters_keep_exactly_the_candidates_of_the_reference(logits, temperature, top_k, top_p, min_p):
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    expected = reference(logits, temperature, top_k, top_p, min_p)
+    expected = reference(logits, temperature, top_k, top_p, min_p, assume)
     reached, draws = 0.0, []
     for token, p in expected:
         draws.append((reached + p / 2, token))  # the middle of its interval
@@ -149,7 +152,7 @@ def test_frequencies_match_the_probabilities():
     logits, draws, random = array(2, 1, 0.5, 0, -1, 1.5), 20_000, SplitMix64(7)
     sampling = Sampling(temperature=0.8)
     counts = Counter(sampling.choose(logits, [], random) for _ in range(draws))
-    chi_square = sum((counts[token] - draws * p) ** 2 / (draws * p) for token, p in reference(logits, 0.8, 0, 1.0, 0.0))
+    chi_square = sum((counts[token] - draws * p) ** 2 / (draws * p) for token, p in reference(logits, 0.8))
     assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
 
 
