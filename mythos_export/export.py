@@ -123,7 +123,7 @@ def _check_tokenizer(path: Path | None, vocab_size: int, eos: Sequence[str]) -> 
     ids = [tokenizer.token_to_id(token) for token in eos]
     if None in ids:
         raise InputError(f"{path}: has no token {eos[ids.index(None)]}; eos expects tokens of its vocabulary")
-    return tuple(ids)
+    return tuple(token for token in ids if token is not None)
 
 
 def _bytes_needed(config: ModelConfig, max_loops: int, dtype: torch.dtype) -> int:

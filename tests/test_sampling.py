@@ -4,6 +4,7 @@ import math
 import threading
 from collections import Counter
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -337,17 +338,33 @@ def test_a_stop_id_ends_a_sequence(runner):
     assert cut.ids == whole.ids[: whole.ids.index(stop) + 1]
 
 
-def test_an_end_token_ends_a_sequence_unless_told_otherwise(runner):
-    assert runner.manifest.eos_token_ids == (0,)
-    only_end = {"temperature": 1.0, "seed": 0, "max_new_tokens": 3}
+def always(generation, token):
+    """Makes a generation see logits that leave one choice."""
     logits = np.full((1, 2048), -1e9, dtype=np.float32)
-    logits[0, 0] = 0
-    for ignore_eos, reasons, ids in ((False, ["eos"], [0]), (True, ["length"], [0, 0, 0])):
-        generation = runner.generate(PROMPT, ignore_eos=ignore_eos, **only_end)
-        generation._session.advance = lambda step: (logits, np.ones(1, dtype=np.int64))
-        assert generation.complete().finish_reasons == reasons
-        assert generation.ids == ids
+    logits[0, token] = 0
+    generation._session.advance = lambda step: (logits, np.ones(1, dtype=np.int64))
+    return generation.complete()
+
+
+def test_an_end_token_of_the_bundle_ends_a_sequence_unless_told_otherwise(runner):
+    manifest = msgspec.structs.replace(runner.manifest, eos_token_ids=(0,))
+    ending = type(runner)(manifest, runner._backend, runner._tokenizer)
+    for made, ignore_eos, reasons in (
+        (ending, False, ["eos"]),
+        (ending, True, ["length"]),
+        (runner, False, ["length"]),
+    ):
+        generation = always(made.generate(PROMPT, 3, ignore_eos=ignore_eos), token=0)
+        assert generation.finish_reasons == reasons
+        assert generation.ids == [0] * (1 if reasons == ["eos"] else 3)
         assert generation.text == ""
+
+
+def test_a_special_token_named_as_stop_ends_a_sequence(runner):
+    generation = always(runner.generate(PROMPT, 3, stop="<|endoftext|>"), token=0)
+    assert generation.finish_reasons == ["stop"]
+    assert generation.ids == [0]
+    assert generation.text == ""
 
 
 @pytest.mark.parametrize(("length", "new"), [(509, 4), (511, 2), (512, 1)])
