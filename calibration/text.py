@@ -32,7 +32,7 @@ def read_documents(path: str | Path) -> list[str]:
         documents = [content]
     else:
         documents = [
-            _document(file, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()
+            _document(file, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()
         ]
     documents = [document for document in documents if document]
     if not documents:

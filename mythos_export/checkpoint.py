@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,9 +27,8 @@ from mythos_export.families.open_mythos import Settings
 from runtimes.bundle import Source, sha256_of
 from runtimes.errors import MythosError
 
-_WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_orig_mod)\.|^(?:module\.)+")
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+|(?:_fsdp_wrapped_module|_orig_mod)\.")
 _FLOAT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
-_UNREADABLE = (RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, IndexError)
 _LISTED = 20
 
 
@@ -101,31 +101,39 @@ def _read_pt(path: Path) -> Checkpoint:
         )
     _refuse_code(path)
     record = (ConfigRecord, open_mythos.CONFIG_CLASS)
-    try:
-        with torch.serialization.safe_globals([record]):  # type: ignore[list-item]
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except UnpicklingError as error:
-        raise CheckpointError(f"{path}: refused, its pickle is not plain weights: {_first_line(error)}") from error
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{path}: not readable as a torch checkpoint: {_first_line(error)}") from error
+    with _readable(path), torch.serialization.safe_globals([record]):  # type: ignore[list-item]
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or "cfg" not in content:
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f'{path}: not an OpenMythos training checkpoint: expected the keys "model" and "cfg", found {keys or "none"}'
         )
     cfg = content["cfg"]
+    if not isinstance(cfg, (dict, ConfigRecord)) or not (isinstance(cfg, dict) or vars(cfg)):
+        raise CheckpointError(
+            f'{path}: its "cfg" is {type(cfg).__name__}; expected a MythosConfig or a dict of its fields'
+        )
     fields: dict[str, Any] = cfg if isinstance(cfg, dict) else dict(vars(cfg))
     step = content.get("step")
     kind = Source(kind="pt", name=path.name, sha256=sha256_of(path), step=step if isinstance(step, int) else None)
     return _checkpoint(path, fields, content["model"], kind)
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns whatever torch raises over a damaged file into one error: its reader raises anything, from struct to assert."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise CheckpointError(f"{path}: refused, its pickle is not plain weights: {_first_line(error)}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: not readable as a torch checkpoint: {_first_line(error)}") from error
+
+
 def _refuse_code(path: Path) -> None:
     allowed = {open_mythos.CONFIG_CLASS, "copyreg._reconstructor", "builtins.object"}
-    try:
+    with _readable(path):
         named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - allowed
-    except (UnpicklingError, *_UNREADABLE) as error:
-        raise CheckpointError(f"{path}: not readable as a torch checkpoint: {_first_line(error)}") from error
     if named:
         raise CheckpointError(
             f"{path}: refused, its pickle names {', '.join(sorted(named))}; loading it would run code. Expected tensors, plain "
@@ -143,7 +151,8 @@ def _read_safetensors(path: Path) -> Checkpoint:
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             part = file.get_slice(name)
-            tensors[name] = _Lazy(tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(part.get_dtype()), file, name)
+            kind = part.get_dtype()
+            tensors[name] = _Lazy(tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind), file, name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a complete safetensors file: {_first_line(error)}") from error
     return _checkpoint(path, fields, tensors, Source(kind="safetensors", name=path.name, sha256=sha256_of(path)))
@@ -157,7 +166,7 @@ class _Lazy:
     """A tensor of a safetensors file: shape and dtype known, values read when asked for."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    dtype: torch.dtype | str
     file: Any = field(repr=False)
     name: str
 
@@ -189,6 +198,8 @@ def _checkpoint(path: Path, fields: dict[str, Any], raw: dict[str, Any], source:
             continue
         if tuple(getattr(tensor, "shape", ())) != shape:
             problems.append(f"shape: {name} is {list(getattr(tensor, 'shape', ()))}, expected {list(shape)}")
+        elif isinstance(tensor, Tensor) and (tensor.layout is not torch.strided or tensor.device.type != "cpu"):
+            problems.append(f"kind: {name} is a {tensor.layout} tensor on {tensor.device}, expected plain numbers")
         elif tensor.dtype not in _FLOAT_DTYPES:
             problems.append(f"dtype: {name} is {tensor.dtype}, expected float32, float16 or bfloat16")
     if problems:
@@ -246,9 +257,9 @@ def _settings(fields: dict[str, Any], where: str) -> Settings:
     try:
         return msgspec.convert(fields, Settings)
     except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise ConfigError(f"{where}: {error.__cause__}") from error
         raise CheckpointError(f"{where}: its config is not one of open-mythos 0.5: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 def _config(settings: Settings, where: str) -> ModelConfig:
@@ -261,7 +272,7 @@ def _config(settings: Settings, where: str) -> ModelConfig:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, OSError) as error:
+    except (msgspec.DecodeError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path}: not a JSON object: {error}") from error
 
 

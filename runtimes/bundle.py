@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -24,7 +25,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a manifest is a few KB
 _BLOCK = 1 << 20
-_PARTIAL = ".partial-"  # of a bundle being written: .NAME.partial-PID beside the target
+_PARTIAL = ".partial-"  # of a bundle being written: .NAME.partial-…-PID beside the target
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,7 +124,10 @@ def open_bundle(path: str | Path) -> tuple[Path, Manifest]:
         raise BundleError(f"{folder}: not a bundle, it holds no {MANIFEST}; make one with `mythos-export export`")
     manifest = _read_manifest(manifest_path)
     for name, entry in manifest.files.items():
-        _check_file(folder, name, entry)
+        try:
+            _check_file(folder, name, entry)
+        except (OSError, ValueError) as error:  # a name no file system takes, a folder without permission
+            raise BundleError(f"{folder}: cannot read {name[:80]!r}, which the manifest lists: {error}") from error
     listed = {name for graph in manifest.graphs for name in (graph.file, *graph.weights)}
     if manifest.tokenizer is not None:
         listed.add(manifest.tokenizer)
@@ -150,7 +154,7 @@ def _read_manifest(path: Path) -> Manifest:
                 "export the checkpoint again, or install the mythos-export that made the bundle"
             )
         return msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BundleError(f"{path}: damaged manifest: {error}; export the checkpoint again") from error
 
 
@@ -214,18 +218,21 @@ class BundleWriter:
     """Writes a bundle that appears whole or not at all.
 
     Files have no name until commit (O_TMPFILE), so a killed export leaves nothing behind; where the file system cannot do
-    that, they stand in a folder .NAME.partial-PID beside the target, which the next export to it removes. Raises BundleError
+    that, they stand in a folder .NAME.partial-…-PID beside the target, which the next export to it removes. Raises BundleError
     where the target exists (unless force, and then only a bundle or an empty folder is replaced) or the disk is full.
     """
 
     def __init__(self, target: str | Path, *, force: bool = False, needed_bytes: int = 0) -> None:
         self.target = Path(os.path.abspath(target))
         self._files: dict[str, HashedFile] = {}
-        self._stage = self.target.parent / f".{self.target.name}{_PARTIAL}{os.getpid()}"
-        self._remove_leftovers()
-        self._check_target(force)
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.target.parent).free
+        self._stage: Path | None = None
+        try:
+            self._remove_leftovers()
+            self._check_target(force)
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.target.parent).free
+        except OSError as error:
+            raise BundleError(f"{self.target}: cannot be written there: {error}; choose another folder") from error
         if free < needed_bytes:
             raise BundleError(
                 f"{self.target}: the bundle needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; "
@@ -246,11 +253,14 @@ class BundleWriter:
             )
 
     def _remove_leftovers(self) -> None:
-        for leftover in self.target.parent.glob(f".{self.target.name}{_PARTIAL}*"):
-            pid = leftover.name.rpartition("-")[2]
-            if not pid.isdecimal() or _alive(int(pid)):
+        if not self.target.parent.is_dir():
+            return
+        mine = f".{self.target.name}{_PARTIAL}"
+        for leftover in [path for path in self.target.parent.iterdir() if path.name.startswith(mine)]:
+            kind, _, pid = leftover.name.removeprefix(mine).rpartition("-")
+            if not pid.isdecimal() or (int(pid) != os.getpid() and _alive(int(pid))):
                 continue
-            if f"{_PARTIAL}old-" in leftover.name and not self.target.exists():
+            if kind == "old" and not self.target.exists():
                 leftover.rename(self.target)  # killed between moving the old bundle aside and naming the new one
             else:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -264,7 +274,8 @@ class BundleWriter:
         for hashed in self._files.values():
             with contextlib.suppress(OSError):  # a full disk fails again at the last flush
                 hashed.file.close()
-        shutil.rmtree(self._stage, ignore_errors=True)
+        if self._stage is not None:
+            shutil.rmtree(self._stage, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BundleError(
                 f"{self.target}: the disk is full ({error.strerror}); nothing was left behind, free some space and export again"
@@ -283,24 +294,31 @@ class BundleWriter:
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                     raise
+        path = self._staged(name)
+        return path.open("w+b", buffering=_BLOCK)
+
+    def _staged(self, name: str) -> Path:
+        """Where a file stands before the bundle has its name; the folder is made when first needed."""
+        if self._stage is None:
+            prefix = f".{self.target.name}{_PARTIAL}"
+            self._stage = Path(tempfile.mkdtemp(prefix=prefix, suffix=f"-{os.getpid()}", dir=self.target.parent))
+            self._stage.chmod(0o777 & ~_umask())
         path = self._stage / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w+b", buffering=_BLOCK)
+        return path
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Names the files, writes the manifest with their checksums, and puts the bundle in its place."""
         manifest = msgspec.structs.replace(manifest, files={name: file.entry for name, file in self._files.items()})
         self.create(MANIFEST).write(_encode(manifest))
-        self._stage.mkdir(exist_ok=True)
         for name, hashed in self._files.items():
             hashed.file.flush()
             os.fsync(hashed.file.fileno())
-            path = self._stage / name
+            path = self._staged(name)
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
                 _give_name(hashed.file.fileno(), path)
         with _moved_aside(self.target):
-            self._stage.rename(self.target)
+            self._staged(MANIFEST).parent.rename(self.target)
         return manifest
 
 
@@ -329,10 +347,16 @@ def _moved_aside(target: Path) -> Iterator[None]:
     shutil.rmtree(old)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

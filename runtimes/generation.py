@@ -66,10 +66,18 @@ class StreamedText:
         self.stopped = False
         self.emitted = ""
         self._tokenizer, self._stops = tokenizer, stops
-        self._context = list(prompt[-8:])  # some decoders treat the first token of a text in its own way
+        self._context = self._context_of(prompt)
         self._ids: list[int] = []
         self._stream = DecodeStream(ids=self._context, skip_special_tokens=True)
         self._decoded = ""
+
+    def _context_of(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt's last tokens: some decoders treat the first token of a text in its own way. None of them where the prompt
+        ends within a character, which would then be shown as part of the output."""
+        context = list(prompt[-8:])
+        if self._tokenizer is None or self._tokenizer.decode(context).endswith("\ufffd"):
+            return []
+        return context
 
     def add(self, token: int, last: bool) -> str:
         """What this token lets out. last: nothing follows, so unfinished bytes come out as replacement characters."""

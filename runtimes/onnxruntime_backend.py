@@ -10,7 +10,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from runtimes.backend import Array, Cancelled, Int64, StepOutput, StopSignal
 from runtimes.bundle import Graph, Manifest
-from runtimes.errors import BackendError
+from runtimes.errors import BackendError, BundleError
 
 _log = logging.getLogger("mythos_export")
 _OUTPUTS = ["logits", "new_kv", "exit_loop"]
@@ -40,6 +40,8 @@ class OnnxRuntimeBackend:
                 f"{folder / self.graph.file}: onnxruntime {onnxruntime.__version__} refuses it: {error}"
             ) from error
 
+        _check_contract(folder, self.graph, self._session)
+
     def run(
         self,
         input_ids: Int64,
@@ -60,6 +62,25 @@ class OnnxRuntimeBackend:
             if stop.is_set:
                 raise Cancelled from error
             raise BackendError(f"onnxruntime could not run a step: {error}") from error
+
+
+def _check_contract(folder: Path, graph: Graph, session: onnxruntime.InferenceSession) -> None:
+    """Refuses a manifest that contradicts its graph: what the Runner believes of shapes comes from the manifest."""
+    inputs = {value.name: value.shape for value in session.get_inputs()}
+    outputs = {value.name: value.shape for value in session.get_outputs()}
+    wanted = {"input_ids", "past_len", "past_kv", "logit_positions"} | ({"n_loops"} if graph.loops is None else set())
+    facts = (
+        ("inputs", sorted(inputs), sorted(wanted)),
+        ("outputs", sorted(outputs), sorted(_OUTPUTS)),
+        ("cache_width", inputs.get("past_kv", [None])[-1], graph.cache_width),
+        ("vocab_size", outputs.get("logits", [None])[-1], graph.vocab_size),
+        ("slots", (inputs.get("past_kv") or [None])[0], None if graph.loops is None else graph.slots(graph.loops)),
+    )
+    for name, found, expected in facts:
+        if expected is not None and found != expected:
+            raise BundleError(
+                f"{folder / graph.file}: its {name} is {found}, the manifest says {expected}; export again"
+            )
 
 
 def _choose(manifest: Manifest) -> Graph:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from runtimes.backend import Array, Backend, Float32, Int64, StepOutput, StopSignal
 from runtimes.bundle import Manifest, open_bundle
-from runtimes.errors import BackendError, InputError
+from runtimes.errors import BackendError, BundleError, InputError
 from runtimes.generation import Generation, Limits, SequenceState, StreamedText
 from runtimes.onnxruntime_backend import OnnxRuntimeBackend
 from runtimes.sampling import Sampling, SplitMix64, log_softmax
@@ -36,8 +36,15 @@ def load(bundle: str | Path, backend: str = "auto", threads: int | None = None) 
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected at least 1")
     folder, manifest = open_bundle(bundle)
-    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer)) if manifest.tokenizer else None
+    tokenizer = _load_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
     return Runner(manifest, OnnxRuntimeBackend(folder, manifest, threads), tokenizer)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(f"{path}: not a tokenizer.json of Hugging Face tokenizers: {error}; export again") from error
 
 
 class Runner:

@@ -86,7 +86,8 @@ class Sampling:
             values[ids] = np.where(picked > 0, picked / self.repetition_penalty, picked * self.repetition_penalty)
         if self.temperature == 0:
             return int(values.argmax())
-        ids, probabilities = self._candidates(values.astype(np.float64) / self.temperature)
+        with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -inf, as it should
+            ids, probabilities = self._candidates((values.astype(np.float64) - values.max()) / self.temperature)
         cumulative = probabilities.cumsum()
         drawn = int(np.searchsorted(cumulative, random.uniform() * cumulative[-1], side="right"))
         return int(ids[min(drawn, len(ids) - 1)])

@@ -149,6 +149,12 @@ def test_ties_go_to_the_lower_id(options, kept):
     assert list(dict.fromkeys(drawn)) == [token for token in kept if token]
 
 
+def test_a_draw_on_the_border_takes_the_next_candidate():
+    """The first candidate whose cumulative probability exceeds the draw, not one that only reaches it."""
+    quarters = [Sampling(1.0).choose(array(2, 2, 2, 2), [], Drawn(n / 4)) for n in range(4)]
+    assert quarters == [0, 1, 2, 3]
+
+
 def test_frequencies_match_the_probabilities():
     logits, draws, random = array(2, 1, 0.5, 0, -1, 1.5), 20_000, SplitMix64(7)
     sampling = Sampling(temperature=0.8)
@@ -375,23 +381,28 @@ def test_a_sequence_ends_at_the_models_last_position(runner, length, new):
     assert len(generation.ids) == new
 
 
-def test_cancelling_from_another_thread_stops_a_running_step(runner, monkeypatch):
-    entered, run = threading.Event(), OnnxRuntimeBackend.run
+@pytest.mark.parametrize("when", ["before the step", "during the step"])
+def test_cancelling_from_another_thread_stops_a_running_step(runner, monkeypatch, when):
+    entered, cancelled, run = threading.Event(), threading.Event(), OnnxRuntimeBackend.run
 
     def noticed(self, *args):
         entered.set()
+        if when == "before the step":
+            assert cancelled.wait(30)
         return run(self, *args)
 
     monkeypatch.setattr(OnnxRuntimeBackend, "run", noticed)
-    prompt = (runner.encode(PROMPT) * 50)[:256]
-    generation = runner.generate([prompt] * 4, 200, n_loops=12, ignore_eos=True)
+    prompt = (runner.encode(PROMPT) * 50)[:500]
+    generation = runner.generate([prompt] * 4, 10, n_loops=12, ignore_eos=True)
     worker = threading.Thread(target=generation.complete)
     worker.start()
     assert entered.wait(30)
     generation.cancel()
+    cancelled.set()
     worker.join(30)
     assert not worker.is_alive()
     assert generation.finish_reasons == ["cancelled"] * 4
+    assert generation.ids == [[], [], [], []]  # the first step, of 24,000 tokens and loops, was not waited for
     assert list(generation) == []
     after = runner.generate(PROMPT, 5, ignore_eos=True).complete()
     assert after.finish_reasons == ["length"]
