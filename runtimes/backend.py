@@ -17,6 +17,16 @@ Float32 = NDArray[np.float32]
 Array = NDArray[Any]
 
 
+class StepInput(NamedTuple):
+    """input_ids [B, S], past_len [B], past_kv [slots, B, C, W], logit_positions [B, K], n_loops [B] (unused by a fixed graph)."""
+
+    input_ids: Int64
+    past_len: Int64
+    past_kv: Array
+    logit_positions: Int64
+    n_loops: Int64
+
+
 class StepOutput(NamedTuple):
     """logits [B, K, V] float32; new_kv [slots, B, S, W] in the cache's dtype; exit_loop [B, S] int64."""
 
@@ -35,19 +45,8 @@ class Backend(Protocol):
     name: str
     graph: Graph
 
-    def run(
-        self,
-        input_ids: Int64,
-        past_len: Int64,
-        past_kv: Array,
-        logit_positions: Int64,
-        n_loops: Int64,
-        stop: StopSignal,
-    ) -> StepOutput:
-        """input_ids [B, S], past_len [B], past_kv [slots, B, C, W], logit_positions [B, K], n_loops [B].
-
-        Raises Cancelled when stop is set before or during the step, BackendError when the step fails.
-        """
+    def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
+        """Evaluates the graph. Raises Cancelled when stop is set before or during the step, BackendError when it fails."""
         ...
 
 

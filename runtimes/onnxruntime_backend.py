@@ -8,12 +8,12 @@ from pathlib import Path
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from runtimes.backend import Array, Cancelled, Int64, StepOutput, StopSignal
+from runtimes.backend import Cancelled, StepInput, StepOutput, StopSignal
 from runtimes.bundle import Graph, Manifest
 from runtimes.errors import BackendError, BundleError
 
 _log = logging.getLogger("mythos_export")
-_OUTPUTS = ["logits", "new_kv", "exit_loop"]
+_OUTPUTS = list(StepOutput._fields)
 _FAILURES = tuple(
     kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )  # onnxruntime's exceptions share no base class of their own
@@ -42,18 +42,10 @@ class OnnxRuntimeBackend:
 
         _check_contract(folder, self.graph, self._session)
 
-    def run(
-        self,
-        input_ids: Int64,
-        past_len: Int64,
-        past_kv: Array,
-        logit_positions: Int64,
-        n_loops: Int64,
-        stop: StopSignal,
-    ) -> StepOutput:
-        feeds = {"input_ids": input_ids, "past_len": past_len, "past_kv": past_kv, "logit_positions": logit_positions}
-        if self.graph.loops is None:
-            feeds["n_loops"] = n_loops
+    def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
+        feeds = step._asdict()
+        if self.graph.loops is not None:
+            del feeds["n_loops"]
         run_options = onnxruntime.RunOptions()
         stop.on_set(lambda: setattr(run_options, "terminate", True))
         try:
@@ -68,7 +60,7 @@ def _check_contract(folder: Path, graph: Graph, session: onnxruntime.InferenceSe
     """Refuses a manifest that contradicts its graph: what the Runner believes of shapes comes from the manifest."""
     inputs = {value.name: value.shape for value in session.get_inputs()}
     outputs = {value.name: value.shape for value in session.get_outputs()}
-    wanted = {"input_ids", "past_len", "past_kv", "logit_positions"} | ({"n_loops"} if graph.loops is None else set())
+    wanted = set(StepInput._fields) - (set() if graph.loops is None else {"n_loops"})
     facts = (
         ("inputs", sorted(inputs), sorted(wanted)),
         ("outputs", sorted(outputs), sorted(_OUTPUTS)),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from runtimes.backend import Array, Backend, Float32, Int64, StepOutput, StopSignal
+from runtimes.backend import Backend, Float32, StepInput, StepOutput, StopSignal
 from runtimes.bundle import Manifest, open_bundle
 from runtimes.errors import BackendError, BundleError, InputError
 from runtimes.generation import Generation, Limits, SequenceState, StreamedText
@@ -66,17 +66,9 @@ class Runner:
         """Whether the bundle can encode and decode text."""
         return self._tokenizer is not None
 
-    def run_step(
-        self,
-        input_ids: Int64,
-        past_len: Int64,
-        past_kv: Array,
-        logit_positions: Int64,
-        n_loops: Int64,
-        stop: StopSignal,
-    ) -> StepOutput:
-        """One evaluation of the graph as it is, cache given and new rows returned; see Backend.run for shapes."""
-        return self._backend.run(input_ids, past_len, past_kv, logit_positions, n_loops, stop)
+    def run_step(self, step: StepInput) -> StepOutput:
+        """One evaluation of the graph as it is: cache given, new rows returned."""
+        return self._backend.run(step, StopSignal())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises InputError where the bundle has no tokenizer."""

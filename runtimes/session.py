@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtimes.backend import Backend, Float32, Int64, StopSignal
+from runtimes.backend import Backend, Float32, Int64, StepInput, StopSignal
 from runtimes.bundle import Graph
 from runtimes.cache import Cache
 from runtimes.errors import InputError
@@ -96,9 +96,8 @@ class Session:
             last = np.maximum(counts - 1, 0)
             positions = np.broadcast_to(np.arange(width), tokens.shape) if every_position else last[:, None]
             cache = self._cache
-            out = self._backend.run(
-                tokens, cache.length, cache.rows, np.ascontiguousarray(positions), self.n_loops, self.stop
-            )
+            step = StepInput(tokens, cache.length, cache.rows, np.ascontiguousarray(positions), self.n_loops)
+            out = self._backend.run(step, self.stop)
             cache.append(out.new_kv, counts)
             for b, (row, count) in enumerate(zip(ids, counts.tolist(), strict=True)):
                 if every_position and count:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mythos_export import reference
 from mythos_export.checkpoint import load_checkpoint
-from runtimes.backend import StopSignal
+from runtimes.backend import StepInput
 from runtimes.runner import Runner
 
 TOLERANCE = 1e-4
@@ -98,7 +98,7 @@ def test_rows_past_past_len_never_reach_a_result(
     results = []
     for filling in (0.0, np.nan, np.inf):
         past_kv[:, dead] = filling
-        results.append(runner.run_step(ids, past_len, past_kv, positions, n_loops, StopSignal()))
+        results.append(runner.run_step(StepInput(ids, past_len, past_kv, positions, n_loops)))
     for other in results[1:]:
         for name in other._fields:
             np.testing.assert_array_equal(getattr(results[0], name), getattr(other, name), err_msg=name)
