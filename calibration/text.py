@@ -25,7 +25,7 @@ def read_documents(path: str | Path) -> list[str]:
     if not file.is_file():
         raise InputError(f'{file}: no such text file; expected .jsonl with a "text" field a line, or plain text')
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if file.suffix != ".jsonl":

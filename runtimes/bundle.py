@@ -10,8 +10,8 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -185,8 +185,12 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
 def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
     """Replaces manifest.json of an existing bundle in one step."""
     partial = folder / f".{MANIFEST}{_PARTIAL}{os.getpid()}"
-    partial.write_bytes(_encode(manifest))
-    partial.replace(folder / MANIFEST)
+    try:
+        partial.write_bytes(_encode(manifest))
+        partial.replace(folder / MANIFEST)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BundleError(f"{folder / MANIFEST}: cannot be written: {error}; the old one stands") from error
 
 
 def _encode(manifest: Manifest) -> bytes:
@@ -300,9 +304,9 @@ class BundleWriter:
     def _staged(self, name: str) -> Path:
         """Where a file stands before the bundle has its name; the folder is made when first needed."""
         if self._stage is None:
-            prefix = f".{self.target.name}{_PARTIAL}"
-            self._stage = Path(tempfile.mkdtemp(prefix=prefix, suffix=f"-{os.getpid()}", dir=self.target.parent))
-            self._stage.chmod(0o777 & ~_umask())
+            unique = f"{secrets.token_hex(4)}-{os.getpid()}"
+            self._stage = self.target.with_name(f".{self.target.name}{_PARTIAL}{unique}")
+            self._stage.mkdir()
         path = self._stage / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -345,12 +349,6 @@ def _moved_aside(target: Path) -> Iterator[None]:
         old.rename(target)
         raise
     shutil.rmtree(old)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _alive(pid: int) -> bool:

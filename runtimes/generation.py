@@ -86,13 +86,23 @@ class StreamedText:
         self._ids.append(token)
         self._decoded += self._stream.step(self._tokenizer, token) or ""
         if last:
-            before = self._tokenizer.decode(self._context)
-            self._decoded = self._tokenizer.decode(self._context + self._ids)[len(before) :]
+            self._decoded = self._all(self._tokenizer)
         found = [at for at in (self._decoded.find(stop) for stop in self._stops) if at >= 0]
         self.stopped = bool(found)
         end = min(found) if found else len(self._decoded) - (0 if last else self._held_back())
         text = self._decoded[len(self.emitted) : end]
         self.emitted += text
+        return text
+
+    def flush(self) -> None:
+        """Lets out what was held back, where a generation ends without a last token."""
+        if self._tokenizer is not None and not self.stopped:
+            self.emitted = self._all(self._tokenizer)
+
+    def _all(self, tokenizer: Tokenizer) -> str:
+        """The whole output so far; unfinished bytes are replacement characters."""
+        before = tokenizer.decode(self._context)
+        text: str = tokenizer.decode(self._context + self._ids)[len(before) :]
         return text
 
     def _held_back(self) -> int:
@@ -202,6 +212,7 @@ class Generation:
         except Cancelled:
             for sequence in active:
                 sequence.finish_reason = sequence.finish_reason or "cancelled"
+                sequence.text.flush()
 
     def _choose(self, sequence: SequenceState, logits: Float32) -> Token:
         token = self._sampling.choose(logits, sequence.seen, sequence.random)

@@ -47,6 +47,7 @@ class OnnxRuntimeBackend:
         if self.graph.loops is not None:
             del feeds["n_loops"]
         run_options = onnxruntime.RunOptions()
+        run_options.log_severity_level = 4  # what goes wrong is raised; a cancelled step is no error to print
         stop.on_set(lambda: setattr(run_options, "terminate", True))
         try:
             return StepOutput(*self._session.run(_OUTPUTS, feeds, run_options))

@@ -63,7 +63,7 @@ class Sampling:
                 self.temperature >= 0 and math.isfinite(self.temperature),
                 "a number of at least 0 (0 is greedy)",
             ),
-            ("top_k", self.top_k >= 0, "an integer of at least 0 (0 keeps all)"),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0 (0 keeps all)"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1 (1 keeps all)"),
             ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1 (0 keeps all)"),
             (

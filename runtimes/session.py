@@ -54,7 +54,7 @@ class Session:
         return self._cache.length
 
     def lower_n_loops(self, n_loops: int | Sequence[int]) -> None:
-        """Sets the depth from here on, per row; raises InputError where a row with tokens in its cache would go deeper."""
+        """Sets the depth from here on, per row; raises InputError where a row would go deeper than before."""
         wanted = check_n_loops(self._graph, n_loops, len(self.past_len))
         deeper = np.flatnonzero(wanted > self.n_loops)
         if len(deeper):

@@ -427,3 +427,15 @@ def test_cancelling_before_the_first_step_does_no_work(runner):
     generation.cancel()
     assert generation.complete().ids == [[], []]
     assert generation.finish_reasons == ["cancelled", "cancelled"]
+
+
+def test_cancelling_lets_out_the_text_held_back(runner):
+    """A stop text half matched holds text back; a cancelled generation has no last token to bring it."""
+    whole = runner.generate("ROMEO.", 12, ignore_eos=True).complete()
+    generation = runner.generate("ROMEO.", 12, stop=whole.text[1:] + "never", ignore_eos=True)
+    for _ in range(6):
+        next(generation)
+    generation.cancel()
+    generation.complete()
+    assert generation.finish_reasons == ["cancelled"]
+    assert generation.text == runner.decode(generation.ids)
