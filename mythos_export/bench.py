@@ -22,6 +22,7 @@ import onnxruntime
 
 from mythos_export import __version__, footprint
 from mythos_export.config import ModelConfig
+from runtimes import native_operators
 from runtimes.errors import InputError
 from runtimes.runner import Runner, load
 from runtimes.session import check_n_loops
@@ -67,6 +68,7 @@ class Workload:
     batch: int = 1
     loops: int | None = None
     threads: int | None = None
+    native: bool | None = None
 
     def check(self, runner: Runner) -> int:
         """Raises InputError for what the bundle cannot run; returns the loop count."""
@@ -90,7 +92,7 @@ def bench(
 ) -> Report:
     """Measures a bundle; with reference, also the checkpoint in the reference package's own model in eager float32 torch, run in
     turn with the bundle so that both see the same machine. Raises InputError or BundleError before measuring."""
-    runner = load(bundle, threads=workload.threads)
+    runner = load(bundle, threads=workload.threads, native=workload.native)
     loops = workload.check(runner)
     tests = [name for name, tokens in (("pp", workload.prompt), ("tg", workload.new)) if tokens]
     threads = workload.threads or os.cpu_count() or 1
@@ -237,6 +239,7 @@ def _environment(runner: Runner, workload: Workload, loops: int, threads: int) -
         "cores": os.cpu_count(),
         "threads": threads,
         "backend": runner.backend,
+        "operators": native_operators.instruction_set() if runner.native else "portable",
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
         "mythos_export": __version__,

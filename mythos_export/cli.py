@@ -33,6 +33,10 @@ Source = Annotated[
     ),
 ]
 LoopList = Annotated[str | None, typer.Option("--loops", metavar="N,N,…", help="Loop counts; default the trained one.")]
+Native = Annotated[
+    bool | None,
+    typer.Option("--native/--no-native", help="The operators' native kernels; default where they are built."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", help="CPU threads; default all cores.")]
 
 
@@ -179,6 +183,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     backend: Annotated[Backend, typer.Option(help="Where to run.")] = Backend.auto,
     threads: Threads = None,
+    native: Native = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -187,7 +192,7 @@ def generate(
 
     if (prompt is None) == (ids is None):
         raise InputError("expected either --prompt TEXT or --ids 1,2,3")
-    runner = load(bundle, backend.value, threads)
+    runner = load(bundle, backend.value, threads, native)
     generation = runner.generate(
         prompt if prompt is not None else _numbers(ids, "--ids") or [],
         max_new_tokens=max_new_tokens,
@@ -229,6 +234,7 @@ def evaluate(
     loops: LoopList = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score so many tokens at most.")] = None,
     threads: Threads = None,
+    native: Native = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -239,7 +245,7 @@ def evaluate(
     from runtimes.runner import load
 
     with progress_bar(quiet or as_json) as tell:
-        results = run(load(bundle, threads=threads), text, _numbers(loops, "--loops"), max_tokens, tell)
+        results = run(load(bundle, threads=threads, native=native), text, _numbers(loops, "--loops"), max_tokens, tell)
     rows = [[str(n), f"{q.perplexity:.4f}", f"{q.bits_per_byte:.4f}", str(q.tokens)] for n, q in results.items()]
     plain = {"window": WINDOW, "loops": {str(n): q.to_dict() for n, q in results.items()}}
     _emit(as_json, plain, markdown_table(["loops", "perplexity", "bits/byte", "tokens"], rows))
@@ -254,6 +260,7 @@ def bench(
     batch: Annotated[int, typer.Option("-b", help="Sequences at once.")] = 1,
     loops: Annotated[int | None, typer.Option(help="Loop count; default the trained one.")] = None,
     threads: Threads = None,
+    native: Native = None,
     reference: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Checkpoint to run in eager torch beside it.")
     ] = None,
@@ -268,7 +275,7 @@ def bench(
 
     as_json = as_json or form is Form.json
     with progress_bar(quiet or as_json) as tell:
-        report = run(bundle, Workload(prompt, new, repetitions, batch, loops, threads), reference, tell)
+        report = run(bundle, Workload(prompt, new, repetitions, batch, loops, threads, native), reference, tell)
     _emit(as_json, report.to_dict(), "" if as_json else bench_report(report, form.value))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from mythos_export import __version__, footprint
 from mythos_export.bench import cpu_name
 from mythos_export.config import ModelConfig
+from runtimes import native_operators
 from runtimes.bundle import open_bundle
 
 
@@ -63,6 +64,7 @@ def doctor() -> dict[str, Any]:
         "cpu": cpu_name(),
         "packages": packages,
         "onnxruntime_providers": providers,
+        "native_operators": native_operators.instruction_set(),
         "can": can,
         "missing": {task: fixes[task] for task, ok in can.items() if not ok},
     }

@@ -63,7 +63,8 @@ def bench_report(report: Report, form: str) -> str:
         return table
     environment = report.environment
     return (
-        f"{environment['cpu']}, {environment['threads']} threads, {environment['backend']} {environment['onnxruntime']}; "
+        f"{environment['cpu']}, {environment['threads']} threads, {environment['backend']} {environment['onnxruntime']}, "
+        f"{environment['operators']} operators; "
         f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['loops']} loops, "
         f"batch {environment['batch']}\n{table}\n"
         f"read bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s, peak memory {size(report.peak_memory_bytes)}"
@@ -138,10 +139,12 @@ def doctor_report(plain: dict[str, Any], brief: bool = False) -> str:
     ]
     if brief:
         return "\n".join(can)
+    native = plain["native_operators"] or "not built (make native); the portable bodies run"
     packages = [[name, version or "missing"] for name, version in plain["packages"].items()]
     return (
         f"mythos-export {plain['mythos_export']}, Python {plain['python']}, {plain['cpu']}\n{plain['platform']}\n"
         + markdown_table(["package", "version"], packages)
+        + f"\nnative operators: {native}"
         + f"\nonnxruntime providers: {', '.join(plain['onnxruntime_providers']) or 'none'}\n"
         + "\n".join(can)
     )

@@ -44,6 +44,7 @@ class Backend(Protocol):
 
     name: str
     graph: Graph
+    native: bool  # whether the native operators run, not their portable bodies
 
     def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
         """Evaluates the graph. Raises Cancelled when stop is set before or during the step, BackendError when it fails."""

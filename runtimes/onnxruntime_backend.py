@@ -8,6 +8,7 @@ from pathlib import Path
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from runtimes import native_operators
 from runtimes.backend import Cancelled, StepInput, StepOutput, StopSignal
 from runtimes.bundle import Graph, Manifest
 from runtimes.errors import BackendError, BundleError
@@ -20,26 +21,33 @@ _FAILURES = tuple(
 
 
 class OnnxRuntimeBackend:
-    """Runs the bundle's float32 graph on onnxruntime's CPU provider. threads: None lets onnxruntime take every core."""
+    """Runs the bundle's float32 graph on onnxruntime's CPU provider.
+
+    threads: None lets onnxruntime take every core. native: use the native operators; None uses them where they are built, and
+    falls back to the portable bodies, saying so once, where onnxruntime refuses the library. Raises BackendError where native is
+    True and they cannot be used.
+    """
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, threads: int | None = None, native: bool | None = None
+    ) -> None:
         self.graph = _choose(manifest)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
-        # Prepacked weights would be a second copy of every matrix; they stay mapped from the file instead.
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(folder / self.graph.file), options, providers=["CPUExecutionProvider"]
-            )
-        except _FAILURES as error:
+        path = folder / self.graph.file
+        self.native = native_operators.is_available() if native is None else native
+        if self.native and not native_operators.is_available():
             raise BackendError(
-                f"{folder / self.graph.file}: onnxruntime {onnxruntime.__version__} refuses it: {error}"
-            ) from error
-
+                f"native operators are asked for, but {native_operators.LIBRARY} is not built; run: make native"
+            )
+        try:
+            self._session = _session(path, threads, self.native)
+        except _FAILURES as error:
+            if not self.native or native:
+                raise BackendError(f"{path}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
+            _say_once(f"the native operators cannot be used, portable bodies run instead: {error}")
+            self.native = False
+            self._session = _session(path, threads, native=False)
         _check_contract(folder, self.graph, self._session)
 
     def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
@@ -55,6 +63,17 @@ class OnnxRuntimeBackend:
             if stop.is_set:
                 raise Cancelled from error
             raise BackendError(f"onnxruntime could not run a step: {error}") from error
+
+
+def _session(path: Path, threads: int | None, native: bool) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    # Prepacked weights would be a second copy of every matrix; they stay mapped from the file instead.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if native:
+        options.register_custom_ops_library(str(native_operators.LIBRARY))
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _check_contract(folder: Path, graph: Graph, session: onnxruntime.InferenceSession) -> None:

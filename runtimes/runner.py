@@ -24,10 +24,11 @@ Prompt = str | Sequence[int]
 BACKENDS = ("auto", "onnxruntime")
 
 
-def load(bundle: str | Path, backend: str = "auto", threads: int | None = None) -> Runner:
+def load(bundle: str | Path, backend: str = "auto", threads: int | None = None, native: bool | None = None) -> Runner:
     """Checks a bundle and makes it ready to run.
 
     backend: "auto" takes the best available here, "onnxruntime" runs anywhere. threads: CPU threads, default all cores.
+    native: the operators' native kernels; default where they are built, False for the portable bodies.
     Raises BundleError for a damaged or foreign bundle, BackendError for an unknown or failing backend, InputError for threads
     below 1.
     """
@@ -37,7 +38,7 @@ def load(bundle: str | Path, backend: str = "auto", threads: int | None = None) 
         raise InputError(f"threads is {threads}; expected at least 1")
     folder, manifest = open_bundle(bundle)
     tokenizer = _load_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
-    return Runner(manifest, OnnxRuntimeBackend(folder, manifest, threads), tokenizer)
+    return Runner(manifest, OnnxRuntimeBackend(folder, manifest, threads, native), tokenizer)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
@@ -60,6 +61,11 @@ class Runner:
     def backend(self) -> str:
         """Name of the backend in use."""
         return self._backend.name
+
+    @property
+    def native(self) -> bool:
+        """Whether the operators' native kernels run, not their portable bodies."""
+        return self._backend.native
 
     @property
     def has_tokenizer(self) -> bool:

@@ -1,4 +1,5 @@
-"""The three operators: torch op, portable body on onnxruntime and in onnx's evaluator, and float64, agree on any shape."""
+"""The three operators: torch op, portable body on onnxruntime and in onnx's evaluator, native kernels with every instruction
+set where they are built, and float64, agree on any shape."""
 
 from __future__ import annotations
 
@@ -17,9 +18,11 @@ from onnx.reference import ReferenceEvaluator
 from mythos_export import ops
 from mythos_export.ops import mixture_of_experts
 from mythos_export.ops.operator import Operator
+from runtimes import native_operators
 
 OPERATORS = {operator.name: operator for operator in ops.OPERATORS}
 KINDS = {torch.float32: "float", torch.int64: "int64", torch.float16: "float16"}
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "neon")
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -58,6 +61,13 @@ def check(operator: Operator, tensors: list[torch.Tensor], attributes: dict[str,
         "onnxruntime": onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, feeds),
         "onnx": ReferenceEvaluator(model).run(None, feeds),
     }
+    if native_operators.is_available():
+        options.register_custom_ops_library(str(native_operators.LIBRARY))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        best = native_operators.instruction_set()
+        for instruction_set in filter(native_operators.use_instruction_set, INSTRUCTION_SETS):
+            results[f"native {instruction_set}"] = session.run(None, feeds)
+        native_operators.use_instruction_set(best)
     for name, outputs in results.items():
         for output, expected in zip(outputs, truth, strict=True):
             np.testing.assert_allclose(output, expected.numpy(), rtol=1e-4, atol=atol, err_msg=name)

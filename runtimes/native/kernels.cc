@@ -1,0 +1,254 @@
+// Compiled once per instruction set (see CMakeLists.txt); MYTHOS_KERNELS names the table. No std templates here: an inline
+// function compiled for a newer processor must never be the copy that the linker keeps for all.
+#include "kernels.h"
+
+#include "hwy/highway.h"
+#include "hwy/contrib/math/math-inl.h"
+
+// Highway silently takes the best target that all compiler flags allow; a table must be what its name says.
+#define MYTHOS_TARGET_avx512 HWY_AVX3
+#define MYTHOS_TARGET_avx2 HWY_AVX2
+#define MYTHOS_TARGET_neon HWY_NEON
+#define MYTHOS_TARGET_scalar HWY_SCALAR
+#define MYTHOS_TARGET_OF_(name) MYTHOS_TARGET_##name
+#define MYTHOS_TARGET_OF(name) MYTHOS_TARGET_OF_(name)
+static_assert(HWY_TARGET == MYTHOS_TARGET_OF(MYTHOS_KERNELS), "the compiler flags do not give the instruction set asked for");
+
+HWY_BEFORE_NAMESPACE();
+namespace mythos {
+namespace HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+using D = hn::ScalableTag<float>;
+using V = hn::Vec<D>;
+
+constexpr D d;
+constexpr size_t kLanes = hn::MaxLanes(d);
+// Tiles that keep accumulators and operands in registers: 32 of them with AVX-512 and NEON, 16 with AVX2.
+constexpr size_t kTileM = (HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SCALAR) ? 2 : 4;
+constexpr size_t kTileN = 4;
+
+#if HWY_TARGET != HWY_SCALAR
+// The sums of four vectors' lanes, side by side: three shuffled additions instead of four full reductions.
+HWY_INLINE void StoreSums(V a, V b, V c, V e, float* HWY_RESTRICT y) {
+  const hn::Repartition<double, D> wide;
+  const V ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+  const V ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
+  const auto ab2 = hn::BitCast(wide, ab), ce2 = hn::BitCast(wide, ce);
+  const V all = hn::Add(hn::BitCast(d, hn::InterleaveLower(wide, ab2, ce2)), hn::BitCast(d, hn::InterleaveUpper(wide, ab2, ce2)));
+  HWY_ALIGN float blocks[kLanes];
+  hn::Store(all, d, blocks);
+  const hn::FixedTag<float, 4> four;
+  auto sum = hn::Load(four, blocks);
+  for (size_t at = 4; at < kLanes; at += 4) sum = hn::Add(sum, hn::Load(four, blocks + at));
+  hn::StoreU(sum, four, y);
+}
+#else
+HWY_INLINE void StoreSums(V, V, V, V, float*) {}
+#endif
+
+// M x N dot products of length k, whole tiles only.
+template <size_t M, size_t N>
+HWY_INLINE void DotTile(const float* HWY_RESTRICT x, size_t ldx, const float* HWY_RESTRICT w, size_t ldw, size_t k,
+                        float* HWY_RESTRICT y, size_t ldy) {
+  V acc[M][N];
+  for (size_t i = 0; i < M; ++i)
+    for (size_t j = 0; j < N; ++j) acc[i][j] = hn::Zero(d);
+  size_t at = 0;
+  for (; at + kLanes <= k; at += kLanes) {
+    V xs[M];
+    for (size_t i = 0; i < M; ++i) xs[i] = hn::LoadU(d, x + i * ldx + at);
+    for (size_t j = 0; j < N; ++j) {
+      const V ws = hn::LoadU(d, w + j * ldw + at);
+      for (size_t i = 0; i < M; ++i) acc[i][j] = hn::MulAdd(xs[i], ws, acc[i][j]);
+    }
+  }
+  if (at < k) {
+    V xs[M];
+    for (size_t i = 0; i < M; ++i) xs[i] = hn::LoadN(d, x + i * ldx + at, k - at);
+    for (size_t j = 0; j < N; ++j) {
+      const V ws = hn::LoadN(d, w + j * ldw + at, k - at);
+      for (size_t i = 0; i < M; ++i) acc[i][j] = hn::MulAdd(xs[i], ws, acc[i][j]);
+    }
+  }
+  for (size_t i = 0; i < M; ++i) {
+    if constexpr (N == 4 && kLanes >= 4) {
+      StoreSums(acc[i][0], acc[i][1], acc[i][2], acc[i][3], y + i * ldy);
+    } else {
+      for (size_t j = 0; j < N; ++j) y[i * ldy + j] = hn::ReduceSum(d, acc[i][j]);
+    }
+  }
+}
+
+template <size_t M>
+HWY_INLINE void DotRows(const float* x, size_t ldx, const float* w, size_t ldw, size_t n, size_t k, float* y,
+                        size_t ldy) {
+  size_t j = 0;
+  for (; j + kTileN <= n; j += kTileN) DotTile<M, kTileN>(x, ldx, w + j * ldw, ldw, k, y + j, ldy);
+  for (; j < n; ++j) DotTile<M, 1>(x, ldx, w + j * ldw, ldw, k, y + j, ldy);
+}
+
+void MatMulNT(const float* x, size_t ldx, size_t m, const float* w, size_t ldw, size_t n, size_t k, float* y,
+              size_t ldy) {
+  // Rows of w in blocks that stay in the second-level cache while all tokens pass over them.
+  constexpr size_t kBlock = 64;
+  for (size_t j = 0; j < n; j += kBlock) {
+    const size_t nj = n - j < kBlock ? n - j : kBlock;
+    size_t i = 0;
+    for (; i + kTileM <= m; i += kTileM) DotRows<kTileM>(x + i * ldx, ldx, w + j * ldw, ldw, nj, k, y + i * ldy + j, ldy);
+    for (; i + 2 <= m; i += 2) DotRows<2>(x + i * ldx, ldx, w + j * ldw, ldw, nj, k, y + i * ldy + j, ldy);
+    for (; i < m; ++i) DotRows<1>(x + i * ldx, ldx, w + j * ldw, ldw, nj, k, y + i * ldy + j, ldy);
+  }
+}
+
+// M rows of y, N vectors wide; the last vector may be cut to `lanes`.
+template <size_t M, size_t N>
+HWY_INLINE void AccumulateTile(const float* HWY_RESTRICT x, size_t ldx, const float* HWY_RESTRICT w, size_t ldw, size_t k,
+                               size_t lanes, float* HWY_RESTRICT y, size_t ldy) {
+  V acc[M][N];
+  const bool whole = lanes == kLanes;
+  for (size_t i = 0; i < M; ++i)
+    for (size_t j = 0; j < N; ++j)
+      acc[i][j] = whole ? hn::LoadU(d, y + i * ldy + j * kLanes) : hn::LoadN(d, y + i * ldy, lanes);
+  for (size_t at = 0; at < k; ++at) {
+    V ws[N];
+    for (size_t j = 0; j < N; ++j)
+      ws[j] = whole ? hn::LoadU(d, w + at * ldw + j * kLanes) : hn::LoadN(d, w + at * ldw, lanes);
+    for (size_t i = 0; i < M; ++i) {
+      const V xs = hn::Set(d, x[i * ldx + at]);
+      for (size_t j = 0; j < N; ++j) acc[i][j] = hn::MulAdd(xs, ws[j], acc[i][j]);
+    }
+  }
+  for (size_t i = 0; i < M; ++i)
+    for (size_t j = 0; j < N; ++j) {
+      if (whole) {
+        hn::StoreU(acc[i][j], d, y + i * ldy + j * kLanes);
+      } else {
+        hn::StoreN(acc[i][j], d, y + i * ldy, lanes);
+      }
+    }
+}
+
+template <size_t N>
+HWY_INLINE void AccumulateRows(const float* x, size_t ldx, size_t m, const float* w, size_t ldw, size_t k, size_t lanes,
+                               float* y, size_t ldy) {
+  constexpr size_t kRows = 2 * kTileM;
+  size_t i = 0;
+  for (; i + kRows <= m; i += kRows) AccumulateTile<kRows, N>(x + i * ldx, ldx, w, ldw, k, lanes, y + i * ldy, ldy);
+  for (; i + 2 <= m; i += 2) AccumulateTile<2, N>(x + i * ldx, ldx, w, ldw, k, lanes, y + i * ldy, ldy);
+  for (; i < m; ++i) AccumulateTile<1, N>(x + i * ldx, ldx, w, ldw, k, lanes, y + i * ldy, ldy);
+}
+
+void MatMulNN(const float* x, size_t ldx, size_t m, const float* w, size_t ldw, size_t k, size_t n, float* y,
+              size_t ldy) {
+  size_t j = 0;
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) AccumulateRows<2>(x, ldx, m, w + j, ldw, k, kLanes, y + j, ldy);
+  for (; j < n; j += kLanes) AccumulateRows<1>(x, ldx, m, w + j, ldw, k, n - j < kLanes ? n - j : kLanes, y + j, ldy);
+}
+
+HWY_INLINE V Swiglu(V gate, V up) {
+  const V one = hn::Set(d, 1.0f);
+  return hn::Mul(hn::Div(gate, hn::Add(one, hn::Exp(d, hn::Neg(gate)))), up);
+}
+
+void SwigluRow(const float* gate, const float* up, size_t n, float* out) {
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(Swiglu(hn::LoadU(d, gate + i), hn::LoadU(d, up + i)), d, out + i);
+  if (i < n) hn::StoreN(Swiglu(hn::LoadN(d, gate + i, n - i), hn::LoadN(d, up + i, n - i)), d, out + i, n - i);
+}
+
+float OnlineSoftmax(float* scores, size_t n, SoftmaxRow* row) {
+  const V lowest = hn::Set(d, -3.0e38f);
+  V largest = lowest;
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) largest = hn::Max(largest, hn::LoadU(d, scores + i));
+  if (i < n) largest = hn::Max(largest, hn::LoadNOr(lowest, d, scores + i, n - i));
+  float top = hn::ReduceMax(d, largest);
+  if (top < row->max) top = row->max;
+  const V shift = hn::Set(d, top);
+  V total = hn::Zero(d);
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    const V p = hn::Exp(d, hn::Sub(hn::LoadU(d, scores + i), shift));
+    hn::StoreU(p, d, scores + i);
+    total = hn::Add(total, p);
+  }
+  float sum = hn::ReduceSum(d, total);
+  for (; i < n; ++i) {
+    scores[i] = hn::GetLane(hn::Exp(d, hn::Set(d, scores[i] - top)));
+    sum += scores[i];
+  }
+  const float correction = hn::GetLane(hn::Exp(d, hn::Set(d, row->max - top)));
+  row->sum = row->sum * correction + sum;
+  row->max = top;
+  return correction;
+}
+
+void Scale(float* y, float factor, size_t n) {
+  const V f = hn::Set(d, factor);
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(hn::Mul(hn::LoadU(d, y + i), f), d, y + i);
+  for (; i < n; ++i) y[i] *= factor;
+}
+
+void Axpy(float* y, const float* x, float factor, size_t n) {
+  const V f = hn::Set(d, factor);
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(hn::MulAdd(hn::LoadU(d, x + i), f, hn::LoadU(d, y + i)), d, y + i);
+  for (; i < n; ++i) y[i] += factor * x[i];
+}
+
+float SumOfSquares(const float* x, size_t n) {
+  V total = hn::Zero(d);
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const V v = hn::LoadU(d, x + i);
+    total = hn::MulAdd(v, v, total);
+  }
+  float sum = hn::ReduceSum(d, total);
+  for (; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+constexpr size_t kVectors = kPanel / kLanes;  // a panel row
+constexpr size_t kPanelRows = kVectors == 1 ? 12 : kVectors <= 4 ? 6 : 1;
+
+template <size_t R>
+HWY_INLINE void PanelRows(const float* HWY_RESTRICT a, size_t row_stride, size_t k_stride, size_t k,
+                          const float* HWY_RESTRICT b, float* HWY_RESTRICT y) {
+  V acc[R][kVectors];
+  for (size_t r = 0; r < R; ++r)
+    for (size_t v = 0; v < kVectors; ++v) acc[r][v] = hn::LoadU(d, y + r * kPanel + v * kLanes);
+  for (size_t at = 0; at < k; ++at) {
+    V bs[kVectors];
+    for (size_t v = 0; v < kVectors; ++v) bs[v] = hn::LoadU(d, b + at * kPanel + v * kLanes);
+    for (size_t r = 0; r < R; ++r) {
+      const V as = hn::Set(d, a[r * row_stride + at * k_stride]);
+      for (size_t v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(as, bs[v], acc[r][v]);
+    }
+  }
+  for (size_t r = 0; r < R; ++r)
+    for (size_t v = 0; v < kVectors; ++v) hn::StoreU(acc[r][v], d, y + r * kPanel + v * kLanes);
+}
+
+void MatMulPanel(const float* a, size_t row_stride, size_t k_stride, size_t rows, size_t k, const float* b, float* y) {
+  size_t r = 0;
+  for (; r + kPanelRows <= rows; r += kPanelRows) PanelRows<kPanelRows>(a + r * row_stride, row_stride, k_stride, k, b, y + r * kPanel);
+  for (; r + 4 <= rows; r += 4) PanelRows<4>(a + r * row_stride, row_stride, k_stride, k, b, y + r * kPanel);
+  for (; r < rows; ++r) PanelRows<1>(a + r * row_stride, row_stride, k_stride, k, b, y + r * kPanel);
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+
+#define MYTHOS_STRING_(name) #name
+#define MYTHOS_STRING(name) MYTHOS_STRING_(name)
+extern const Kernels MYTHOS_KERNELS;
+const Kernels MYTHOS_KERNELS = {
+    MYTHOS_STRING(MYTHOS_KERNELS), HWY_NAMESPACE::MatMulNT,           HWY_NAMESPACE::MatMulNN,
+    HWY_NAMESPACE::SwigluRow,      HWY_NAMESPACE::OnlineSoftmax,      HWY_NAMESPACE::Scale,
+    HWY_NAMESPACE::Axpy,           HWY_NAMESPACE::SumOfSquares,       HWY_NAMESPACE::MatMulPanel,
+};
+
+}  // namespace mythos
+HWY_AFTER_NAMESPACE();

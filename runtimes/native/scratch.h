@@ -1,0 +1,38 @@
+// Memory for one call, aligned for any vector.
+#pragma once
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace mythos {
+
+class Scratch {
+ public:
+  explicit Scratch(size_t floats)
+      : data_(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) / 64 + 1) * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// Calls body(i) for i in [0, n) through the host's threads.
+template <typename Body>
+void ForEach(const Parallel& parallel, size_t n, const Body& body) {
+  if (n == 1) {
+    body(size_t{0});
+    return;
+  }
+  parallel.run(
+      parallel.host, [](void* data, size_t index) { (*static_cast<const Body*>(data))(index); }, n,
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+inline size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
+
+}  // namespace mythos

@@ -1,0 +1,36 @@
+"""The native kernels of the ai.mythos operators: a custom-operator library for onnxruntime, used where it has been built."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+LIBRARY = Path(__file__).parent / "native" / "lib" / "libmythos_ops.so"
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if not LIBRARY.is_file():
+        return None
+    library = ctypes.CDLL(str(LIBRARY))
+    library.mythos_instruction_set.restype = ctypes.c_char_p
+    library.mythos_use_instruction_set.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def is_available() -> bool:
+    """Whether the library has been built for this installation."""
+    return LIBRARY.is_file()
+
+
+def instruction_set() -> str | None:
+    """What the kernels use on this processor: "avx512", "avx2", "neon" or "scalar"; None without the library."""
+    library = _library()
+    return library.mythos_instruction_set().decode() if library else None
+
+
+def use_instruction_set(name: str) -> bool:
+    """Uses another one in the whole process, for tests; False where the processor lacks it or there is no library."""
+    library = _library()
+    return bool(library and library.mythos_use_instruction_set(name.encode()))
