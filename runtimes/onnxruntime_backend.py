@@ -34,20 +34,12 @@ class OnnxRuntimeBackend:
         self, folder: Path, manifest: Manifest, threads: int | None = None, native: bool | None = None
     ) -> None:
         self.graph = _choose(manifest)
-        path = folder / self.graph.file
-        self.native = native_operators.is_available() if native is None else native
-        if self.native and not native_operators.is_available():
+        wanted = native_operators.is_available() if native is None else native
+        if wanted and not native_operators.is_available():
             raise BackendError(
                 f"native operators are asked for, but {native_operators.LIBRARY} is not built; run: make native"
             )
-        try:
-            self._session = _session(path, threads, self.native)
-        except _FAILURES as error:
-            if not self.native or native:
-                raise BackendError(f"{path}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
-            _say_once(f"the native operators cannot be used, portable bodies run instead: {error}")
-            self.native = False
-            self._session = _session(path, threads, native=False)
+        self._session, self.native = _open(folder / self.graph.file, threads, wanted, may_fall_back=native is None)
         _check_contract(folder, self.graph, self._session)
 
     def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
@@ -65,10 +57,25 @@ class OnnxRuntimeBackend:
             raise BackendError(f"onnxruntime could not run a step: {error}") from error
 
 
+def _open(
+    path: Path, threads: int | None, native: bool, may_fall_back: bool
+) -> tuple[onnxruntime.InferenceSession, bool]:
+    """A session, and whether the native operators run in it. A file that neither way can open is the file's fault."""
+    try:
+        return _session(path, threads, native), native
+    except _FAILURES as error:
+        if not (native and may_fall_back):
+            raise BackendError(f"{path}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
+        reason = str(error)
+    portable = _open(path, threads, native=False, may_fall_back=False)
+    _say_once(f"the native operators cannot be used, portable bodies run instead: {reason}")
+    return portable
+
+
 def _session(path: Path, threads: int | None, native: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised
     # Prepacked weights would be a second copy of every matrix; they stay mapped from the file instead.
     options.add_session_config_entry("session.disable_prepacking", "1")
     if native:
