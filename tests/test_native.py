@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 from pathlib import Path
 
@@ -145,3 +146,21 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, monk
     assert not load(tiny_bundle).native
     with pytest.raises(BackendError, match="make native"):
         load(tiny_bundle, native=True)
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
+    """tests/native/stress.cc: every operator and instruction set over random shapes on two threads."""
+    native = Path(native_operators.__file__).parent / "native"
+    cache = (native / "build" / "cmake" / "CMakeCache.txt").read_text()
+    headers = [f"-D{line}" for line in cache.splitlines() if "_INCLUDE_DIR:" in line and not line.startswith("//")]
+    for command in (
+        ["cmake", "-S", native, "-B", tmp_path, f"-DMYTHOS_SANITIZE={sanitizers}", *headers],
+        ["cmake", "--build", tmp_path, "--target", "stress", "--parallel", "2"],
+        [tmp_path / "stress"],
+    ):
+        result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "scalar ok" in result.stdout
