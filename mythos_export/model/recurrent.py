@@ -81,10 +81,10 @@ class Recurrent(nn.Module):
             running = running & wanted
         mass = state.halted_mass + probability
         remainder = torch.clamp(1.0 - state.halted_mass, min=0.0)
-        weight = torch.where(mass >= self.act_threshold, remainder, probability) * running
+        weight = torch.where(mass >= self.act_threshold, remainder, probability)
         return LoopState(
             h,
-            state.result + weight * h,
+            torch.where(running, state.result + weight * h, state.result),
             torch.where(running, mass, state.halted_mass),
             state.exit_loop + running.to(torch.int64),
         )
