@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -148,19 +149,36 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, monk
         load(tiny_bundle, native=True)
 
 
-@needs_library
-@pytest.mark.slow
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
-    """tests/native/stress.cc: every operator and instruction set over random shapes on two threads."""
+def run_stress(folder: Path, *options: str, emulator: tuple[str, ...] = ()) -> str:
+    """Builds tests/native/stress.cc with the headers that the library was built with, and runs it."""
     native = Path(native_operators.__file__).parent / "native"
     cache = (native / "build" / "cmake" / "CMakeCache.txt").read_text()
     headers = [f"-D{line}" for line in cache.splitlines() if "_INCLUDE_DIR:" in line and not line.startswith("//")]
     for command in (
-        ["cmake", "-S", native, "-B", tmp_path, f"-DMYTHOS_SANITIZE={sanitizers}", *headers],
-        ["cmake", "--build", tmp_path, "--target", "stress", "--parallel", "2"],
-        [tmp_path / "stress"],
+        ["cmake", "-S", native, "-B", folder, *options, *headers],
+        ["cmake", "--build", folder, "--target", "stress", "--parallel", "2"],
+        [*emulator, folder / "stress"],
     ):
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "scalar ok" in result.stdout
+    return result.stdout
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
+    """Every operator and instruction set over random shapes on two threads."""
+    assert "scalar ok" in run_stress(tmp_path, f"-DMYTHOS_SANITIZE={sanitizers}")
+
+
+@needs_library
+@pytest.mark.slow
+def test_aarch64_under_emulation(tmp_path: Path) -> None:
+    """The NEON kernels agree with the scalar ones."""
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if shutil.which("aarch64-linux-gnu-g++") is None or emulator is None:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    options = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static")
+    output = run_stress(tmp_path, "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", *options, emulator=(emulator,))
+    assert "neon ok" in output

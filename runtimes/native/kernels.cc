@@ -8,7 +8,7 @@
 // Highway silently takes the best target that all compiler flags allow; a table must be what its name says.
 #define MYTHOS_TARGET_avx512 HWY_AVX3
 #define MYTHOS_TARGET_avx2 HWY_AVX2
-#define MYTHOS_TARGET_neon HWY_NEON
+#define MYTHOS_TARGET_neon HWY_NEON_WITHOUT_AES
 #define MYTHOS_TARGET_scalar HWY_SCALAR
 #define MYTHOS_TARGET_OF_(name) MYTHOS_TARGET_##name
 #define MYTHOS_TARGET_OF(name) MYTHOS_TARGET_OF_(name)

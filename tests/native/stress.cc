@@ -1,5 +1,5 @@
-// Random shapes through every operator and instruction set on two threads: built with sanitizers by tests/test_native.py.
-// Dead cache rows hold NaN, so a result that reads one is not finite.
+// Random shapes through every operator and instruction set on two threads, each compared with the scalar kernels. Built with
+// sanitizers, and for aarch64, by tests/test_native.py. Dead cache rows hold NaN, so a result that reads one is not finite.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -23,13 +23,24 @@ std::vector<float> Floats(size_t n) {
   return values;
 }
 
-void Check(const char* name, const std::vector<float>& values) {
-  for (float value : values)
-    if (!std::isfinite(value)) {
-      std::printf("%s: a result is not finite\n", name);
-      std::exit(1);
-    }
-}
+// Results of the scalar kernels and of those under test.
+struct Both {
+  std::vector<float> scalar, tested;
+  explicit Both(size_t n) : scalar(n), tested(n) {}
+
+  void Check(const char* name) const {
+    for (size_t i = 0; i < scalar.size(); ++i)
+      if (!std::isfinite(tested[i]) || std::abs(tested[i] - scalar[i]) > 1e-3f * (1.0f + std::abs(scalar[i]))) {
+        std::printf("%s: element %zu is %g, with scalar code %g\n", name, i, tested[i], scalar[i]);
+        std::exit(1);
+      }
+  }
+};
+
+struct Tables {
+  const mythos::Kernels& scalar;
+  const mythos::Kernels& tested;
+};
 
 // Two threads, tasks in turn.
 void RunOnTwo(void*, void (*task)(void*, size_t), size_t n, void* data) {
@@ -53,19 +64,23 @@ std::vector<int64_t> Ragged(size_t batch, size_t capacity, size_t width, std::ve
   return lengths;
 }
 
-void StressMixture(const mythos::Kernels& kernels) {
-  mythos::MixtureOfExpertsArgs a{Between(1, 70), Between(1, 50), Between(1, 20), Between(1, 60), 1};
+void StressMixture(const Tables& tables) {
+  mythos::MixtureOfExpertsArgs a{};
+  a.tokens = Between(1, 70), a.dim = Between(1, 50), a.n_experts = Between(1, 20), a.expert_dim = Between(1, 60);
   a.top_k = Between(1, a.n_experts);
   const auto x = Floats(a.tokens * a.dim), router = Floats(a.dim * a.n_experts), bias = Floats(a.n_experts);
   const auto gate_up = Floats(a.n_experts * 2 * a.expert_dim * a.dim), down = Floats(a.n_experts * a.dim * a.expert_dim);
-  std::vector<float> y(a.tokens * a.dim);
+  Both y(a.tokens * a.dim);
   a.x = x.data(), a.router = router.data(), a.router_bias = bias.data();
-  a.gate_up = gate_up.data(), a.down = down.data(), a.y = y.data();
-  mythos::MixtureOfExperts(a, kernels, kTwoThreads);
-  Check("MixtureOfExperts", y);
+  a.gate_up = gate_up.data(), a.down = down.data();
+  a.y = y.scalar.data();
+  mythos::MixtureOfExperts(a, tables.scalar, kTwoThreads);
+  a.y = y.tested.data();
+  mythos::MixtureOfExperts(a, tables.tested, kTwoThreads);
+  y.Check("MixtureOfExperts");
 }
 
-void StressLatentAttention(const mythos::Kernels& kernels) {
+void StressLatentAttention(const Tables& tables) {
   mythos::LatentAttentionArgs a{};
   a.batch = Between(1, 3), a.seq = Between(0, 2) ? Between(1, 40) : 1, a.n_heads = Between(1, 9), a.nope = Between(1, 20);
   a.rope = 2 * Between(1, 9), a.v_head_dim = Between(1, 20), a.rank = Between(1, 40), a.capacity = Between(1, 150);
@@ -76,16 +91,18 @@ void StressLatentAttention(const mythos::Kernels& kernels) {
   const auto cos = Floats(tokens * a.rope / 2), sin = Floats(tokens * a.rope / 2);
   auto past = Floats(a.batch * a.capacity * width);
   const auto lengths = Ragged(a.batch, a.capacity, width, &past);
-  std::vector<float> y(tokens * a.n_heads * a.v_head_dim), new_kv(tokens * width);
+  Both y(tokens * a.n_heads * a.v_head_dim), new_kv(tokens * width);
   a.q = q.data(), a.kv = kv.data(), a.kv_norm = norm.data(), a.w_uk = w_uk.data(), a.w_uv = w_uv.data();
   a.cos = cos.data(), a.sin = sin.data(), a.past = past.data(), a.past_len = lengths.data();
-  a.y = y.data(), a.new_kv = new_kv.data();
-  mythos::LatentAttention(a, kernels, kTwoThreads);
-  Check("LatentAttention", y);
-  Check("LatentAttention", new_kv);
+  a.y = y.scalar.data(), a.new_kv = new_kv.scalar.data();
+  mythos::LatentAttention(a, tables.scalar, kTwoThreads);
+  a.y = y.tested.data(), a.new_kv = new_kv.tested.data();
+  mythos::LatentAttention(a, tables.tested, kTwoThreads);
+  y.Check("LatentAttention");
+  new_kv.Check("LatentAttention, new_kv");
 }
 
-void StressGroupedQueryAttention(const mythos::Kernels& kernels) {
+void StressGroupedQueryAttention(const Tables& tables) {
   mythos::GroupedQueryAttentionArgs a{};
   a.batch = Between(1, 3), a.seq = Between(0, 2) ? Between(1, 40) : 1, a.n_kv_heads = Between(1, 4);
   a.n_heads = a.n_kv_heads * Between(1, 9), a.head_dim = 2 * Between(1, 20), a.capacity = Between(1, 150);
@@ -95,23 +112,28 @@ void StressGroupedQueryAttention(const mythos::Kernels& kernels) {
   const auto cos = Floats(tokens * a.head_dim / 2), sin = Floats(tokens * a.head_dim / 2);
   auto past = Floats(a.batch * a.capacity * width);
   const auto lengths = Ragged(a.batch, a.capacity, width, &past);
-  std::vector<float> y(tokens * a.n_heads * a.head_dim), new_kv(tokens * width);
+  Both y(tokens * a.n_heads * a.head_dim), new_kv(tokens * width);
   a.qkv = qkv.data(), a.cos = cos.data(), a.sin = sin.data(), a.past = past.data(), a.past_len = lengths.data();
-  a.y = y.data(), a.new_kv = new_kv.data();
-  mythos::GroupedQueryAttention(a, kernels, kTwoThreads);
-  Check("GroupedQueryAttention", y);
-  Check("GroupedQueryAttention", new_kv);
+  a.y = y.scalar.data(), a.new_kv = new_kv.scalar.data();
+  mythos::GroupedQueryAttention(a, tables.scalar, kTwoThreads);
+  a.y = y.tested.data(), a.new_kv = new_kv.tested.data();
+  mythos::GroupedQueryAttention(a, tables.tested, kTwoThreads);
+  y.Check("GroupedQueryAttention");
+  new_kv.Check("GroupedQueryAttention, new_kv");
 }
 
 }  // namespace
 
 int main() {
+  mythos::UseKernels("scalar");
+  const mythos::Kernels& scalar = mythos::CurrentKernels();
   for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
     if (!mythos::UseKernels(name)) continue;
+    const Tables tables{scalar, mythos::CurrentKernels()};
     for (int round = 0; round < 60; ++round) {
-      StressMixture(mythos::CurrentKernels());
-      StressLatentAttention(mythos::CurrentKernels());
-      StressGroupedQueryAttention(mythos::CurrentKernels());
+      StressMixture(tables);
+      StressLatentAttention(tables);
+      StressGroupedQueryAttention(tables);
     }
     std::printf("%s ok\n", name);
   }
