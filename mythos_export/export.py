@@ -14,6 +14,7 @@ from mythos_export import __version__, ops
 from mythos_export.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from mythos_export.config import ModelConfig
 from mythos_export.families.open_mythos import Pack
+from mythos_export.model import Decoder
 from mythos_export.trace import Parameter, Traced, trace, widened
 from runtimes.bundle import FORMAT_VERSION, BundleWriter, Graph, HashedFile, Manifest
 from runtimes.errors import InputError
@@ -127,8 +128,7 @@ def _check_tokenizer(path: Path | None, vocab_size: int, eos: Sequence[str]) -> 
 
 
 def _bytes_needed(config: ModelConfig, max_loops: int, dtype: torch.dtype) -> int:
-    from mythos_export.model import Decoder
-
+    """What the disk must hold: every tensor on pages of its own at most, and the small files."""
     with torch.device("meta"):
         decoder = Decoder(config, max_loops=max_loops, dtype=dtype)
     return sum(p.numel() * p.element_size() + _PAGE for p in decoder.parameters()) + _SMALL_FILES

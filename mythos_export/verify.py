@@ -17,7 +17,7 @@ from mythos_export.config import ModelConfig
 from mythos_export.export import DTYPES
 from mythos_export.model.load import load_decoder
 from runtimes.backend import StepInput, StepOutput
-from runtimes.bundle import Check, Parity, open_bundle, rewrite_manifest
+from runtimes.bundle import Check, Parity, rewrite_manifest
 from runtimes.errors import InputError
 from runtimes.runner import Runner, load
 from runtimes.session import check_n_loops
@@ -63,8 +63,7 @@ def verify_bundle(
     parity = Parity(
         f"torch {torch.__version__}" + (f", {reference.version()}" if oracle else ""), len(ids), tuple(checks)
     )
-    folder, manifest = open_bundle(bundle)
-    rewrite_manifest(folder, msgspec.structs.replace(manifest, parity=parity))
+    rewrite_manifest(Path(bundle), msgspec.structs.replace(runner.manifest, parity=parity))
     return parity
 
 

@@ -5,6 +5,7 @@ Shape letters: B batch, S new tokens, K positions with logits, V vocab_size, C c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -56,15 +57,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.is_set = False
-        self._listeners: list[Any] = []
+        self._stop_step: Callable[[], None] | None = None
 
     def set(self) -> None:
         self.is_set = True
-        for listener in self._listeners:
-            listener()
+        if self._stop_step is not None:
+            self._stop_step()
 
-    def on_set(self, listener: Any) -> None:
-        """Called once when the signal is set; listeners of finished steps are replaced."""
-        self._listeners = [listener]
+    def on_set(self, stop_step: Callable[[], None]) -> None:
+        """What stops the step about to run, in place of the last one's; called at once if the signal is set already."""
+        self._stop_step = stop_step
         if self.is_set:
-            listener()
+            stop_step()
