@@ -134,6 +134,38 @@ def export(
 
 
 @app.command()
+def quantize(
+    bundle: Bundle,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The bundle folder to make.")],
+    recipe: Annotated[str, typer.Option(metavar="int8|int4", help="What the matrices become.")] = "int8",
+    block: Annotated[int, typer.Option(metavar="32|64|128", help="Input channels that share a scale.")] = 32,
+    activation_bits: Annotated[
+        int, typer.Option(metavar="8|32", help="8: inputs of products are rounded to 8 bits a block; 32: they are not.")
+    ] = 8,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a quantized copy of a float32 bundle, by rounding to nearest."""
+    from mythos_export.quantize import quantize_bundle as run
+    from mythos_export.report import progress_bar, size
+
+    with progress_bar(quiet or as_json) as tell:
+        manifest = run(
+            bundle,
+            output,
+            recipe,
+            block_size=block,
+            activation_bits=activation_bits,
+            force=force,
+            progress=tell,
+        )
+    total = sum(entry.size for entry in manifest.files.values())
+    plain = {"bundle": str(output), "bytes": total, "quantization": manifest.quantization}
+    _emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {recipe}, a scale for every {block} channels")
+
+
+@app.command()
 def verify(
     bundle: Bundle,
     source: Source,

@@ -62,14 +62,19 @@ class LatentAttentionConfig(msgspec.Struct, frozen=True, tag="latent", tag_field
 
 
 class GroupedQueryAttentionConfig(msgspec.Struct, frozen=True, tag="gqa", tag_field="kind", forbid_unknown_fields=True):
-    """Grouped-query attention (arXiv 2305.13245): n_heads query heads share n_kv_heads key and value heads."""
+    """Grouped-query attention (arXiv 2305.13245): n_heads query heads share n_kv_heads key and value heads.
+
+    window: positions a token sees, itself included (sliding window, arXiv 2310.06825); 0 for all.
+    """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    window: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive(self, *self.__struct_fields__)
+        _require_positive(self, "n_heads", "n_kv_heads", "head_dim")
+        _require(self.window >= 0, f"window is {self.window}; expected 0 or more")
         _require(
             self.n_heads % self.n_kv_heads == 0,
             f"n_heads is {self.n_heads} and n_kv_heads {self.n_kv_heads}; the first must be a multiple of the second",
@@ -96,20 +101,20 @@ class DenseConfig(msgspec.Struct, frozen=True, tag="dense", tag_field="kind", fo
 
 
 class MixtureOfExpertsConfig(msgspec.Struct, frozen=True, tag="moe", tag_field="kind", forbid_unknown_fields=True):
-    """Routed SwiGLU experts (arXiv 2401.06066), top_k of n_experts a token, plus experts that see every token.
+    """Routed SwiGLU experts (arXiv 2401.06066), top_k of n_experts a token, plus shared ones that see every token.
 
-    expert_dim: hidden channels of a routed expert. shared_dim: hidden channels of all shared experts together, 0 for none
-    (the sum of several SwiGLU blocks is one SwiGLU block over their channels).
+    expert_dim: hidden channels of an expert. n_shared_experts: shared ones of that size (a wider one is the sum of several, over
+    their channels).
     """
 
     n_experts: int
     top_k: int
     expert_dim: int
-    shared_dim: int = 0
+    n_shared_experts: int = 0
 
     def __post_init__(self) -> None:
         _require_positive(self, "n_experts", "top_k", "expert_dim")
-        _require(self.shared_dim >= 0, f"shared_dim is {self.shared_dim}; expected 0 or more")
+        _require(self.n_shared_experts >= 0, f"n_shared_experts is {self.n_shared_experts}; expected 0 or more")
         _require(
             self.top_k <= self.n_experts,
             f"top_k is {self.top_k} but there are only {self.n_experts} experts; lower n_experts_per_tok",

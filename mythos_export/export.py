@@ -67,10 +67,10 @@ def export_bundle(
         offsets = _write_weights(writer.create(WEIGHTS_FILE), traced.parameters, packs, tell)
         _attach(traced, offsets)
         graphs = [_graph(checkpoint.config, GRAPH_FILE, dtype, dtype, loops, max_loops)]
-        _write_graph(writer.create(GRAPH_FILE), traced.model)
+        write_graph(writer.create(GRAPH_FILE), traced.model)
         if dtype != "float32":
             graphs.append(_graph(checkpoint.config, WIDE_GRAPH_FILE, "float32", dtype, loops, max_loops))
-            _write_graph(writer.create(WIDE_GRAPH_FILE), widened(traced.model))
+            write_graph(writer.create(WIDE_GRAPH_FILE), widened(traced.model))
         if text_file:
             writer.create(TOKENIZER_FILE).write(text_file.read_bytes())
         return writer.commit(
@@ -141,7 +141,7 @@ def _write_weights(
     total = sum(parameter.nbytes for parameter in parameters.values())
     offsets: dict[str, tuple[int, int]] = {}
     for name, parameter in parameters.items():
-        file.pad_to(_PAGE if parameter.nbytes >= _PAGE else _LINE)
+        pad_for(file, parameter.nbytes)
         start, rows = file.size, 0
         for piece in packs[name]():
             if tuple(piece.shape[1:]) != parameter.shape[1:]:
@@ -149,7 +149,7 @@ def _write_weights(
                     f"{name}: a piece of shape {list(piece.shape)} does not fit {list(parameter.shape)}"
                 )
             rows += piece.shape[0]
-            file.write(_bytes_of(piece.to(parameter.dtype)))
+            file.write(bytes_of(piece.to(parameter.dtype)))
             tell("writing weights", file.size, total)
         if rows != parameter.shape[0]:
             raise CheckpointError(f"{name}: {rows} rows, expected {parameter.shape[0]}")
@@ -157,13 +157,18 @@ def _write_weights(
     return offsets
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def pad_for(file: HashedFile, n_bytes: int) -> None:
+    """Moves on to where a tensor of so many bytes may begin."""
+    file.pad_to(_PAGE if n_bytes >= _PAGE else _LINE)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     flat: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(flat)
 
 
 def _attach(traced: Traced, offsets: dict[str, tuple[int, int]]) -> None:
-    """Points the graph's initializers into the weights file and gives the graph the operators' portable bodies."""
+    """Points the graph's initializers into the weights file, and gives the graph its functions."""
     kinds = {
         torch.float32: ir.DataType.FLOAT,
         torch.float16: ir.DataType.FLOAT16,
@@ -177,17 +182,21 @@ def _attach(traced: Traced, offsets: dict[str, tuple[int, int]]) -> None:
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE, offset, length, kinds[parameter.dtype], shape=ir.Shape(parameter.shape), name=name
         )
-    used = {
-        node.op_type for node in ir.traversal.RecursiveGraphIterator(traced.model.graph) if node.domain == ops.DOMAIN
-    }
+    attach_functions(traced.model)
+
+
+def attach_functions(model: ir.Model) -> None:
+    """Gives the graph the portable bodies of the operators it uses, and no others."""
+    used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == ops.DOMAIN}
+    model.functions.clear()
     for operator in ops.OPERATORS:
         if operator.name in used:
             function = ir.serde.deserialize_function(operator.function)
-            traced.model.functions[function.identifier()] = function
-    traced.model.opset_imports[ops.DOMAIN] = ops.DOMAIN_VERSION
+            model.functions[function.identifier()] = function
+    model.opset_imports[ops.DOMAIN] = ops.DOMAIN_VERSION
 
 
-def _write_graph(file: HashedFile, model: ir.Model) -> None:
+def write_graph(file: HashedFile, model: ir.Model) -> None:
     proto = ir.to_proto(model)
     file.write(proto.SerializeToString(deterministic=True))
 

@@ -45,8 +45,9 @@ def layer_size(dim: int, layer: LayerConfig) -> LayerSize:
     feed_forward = layer.feed_forward
     if isinstance(feed_forward, DenseConfig):
         return LayerSize(always + 3 * dim * feed_forward.hidden_dim)
-    always += dim * feed_forward.n_experts + feed_forward.n_experts + 3 * dim * feed_forward.shared_dim
-    return LayerSize(always, 3 * dim * feed_forward.expert_dim, feed_forward.n_experts, feed_forward.top_k)
+    expert = 3 * dim * feed_forward.expert_dim
+    always += dim * feed_forward.n_experts + feed_forward.n_experts + expert * feed_forward.n_shared_experts
+    return LayerSize(always, expert, feed_forward.n_experts, feed_forward.top_k)
 
 
 def _sizes(config: ModelConfig, layers: tuple[LayerConfig, ...]) -> list[LayerSize]:

@@ -1,6 +1,6 @@
 """Checkpoints of the reference package open-mythos (0.5): its config, its tensor names, and how they become ours.
 
-What changes on the way: matrices are transposed to [in, out]; projections that read the same input are joined; RoPE pairs
+What changes on the way: projections that read the same input are joined; RoPE pairs
 move from neighbours (2i, 2i+1) to half a head apart (i, i+h), in queries and keys alike, so scores stay the same; kv_up is
 split into its key and value part; experts are packed; what depends on the loop alone becomes a table.
 """
@@ -130,7 +130,7 @@ def model_config(settings: Settings) -> ModelConfig:
         settings.n_experts,
         settings.n_experts_per_tok,
         settings.expert_dim,
-        settings.n_shared_experts * settings.expert_dim * settings.n_experts_per_tok,
+        settings.n_shared_experts * settings.n_experts_per_tok,
     )
     return ModelConfig(
         vocab_size=settings.vocab_size,
@@ -218,7 +218,7 @@ def pack(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
         "embed": lambda: iter([get("embed.weight")]),
         "rope_cos": lambda: iter([torch.cos(_angles(config))]),
         "rope_sin": lambda: iter([torch.sin(_angles(config))]),
-        "norm.weight": lambda: iter([get("norm.weight")]),
+        "norm": lambda: iter([get("norm.weight")]),
     }
     for group in ("prelude", "coda"):
         for index in range(len(getattr(config, group))):
@@ -232,15 +232,18 @@ def pack(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
 def _pack_block(settings: Settings, get: Get, theirs: str, ours: str) -> dict[str, Pack]:
     attn = f"{theirs}.attn."
     packs: dict[str, Pack] = {
-        f"{ours}.attn_norm.weight": lambda: iter([get(f"{theirs}.attn_norm.weight")]),
-        f"{ours}.ffn_norm.weight": lambda: iter([get(f"{theirs}.ffn_norm.weight")]),
-        f"{ours}.attn.out.weight": lambda: iter([get(attn + "wo.weight").T]),
+        f"{ours}.attn.{'qkv' if settings.attn_type == 'gqa' else 'down'}.norm": lambda: iter(
+            [get(f"{theirs}.attn_norm.weight")]
+        ),
+        f"{ours}.ffn.norm": lambda: iter([get(f"{theirs}.ffn_norm.weight")]),
+        f"{ours}.attn.out.weight": lambda: iter([get(attn + "wo.weight")]),
     }
     if settings.attn_type == "gqa":
 
         def qkv() -> Iterator[Tensor]:
-            rotated = [_halves(get(f"{attn}w{name}.weight"), settings.dim // settings.n_heads) for name in "qk"]
-            yield torch.cat([*rotated, get(attn + "wv.weight")]).T
+            for name in "qk":
+                yield _halves(get(f"{attn}w{name}.weight"), settings.dim // settings.n_heads)
+            yield get(attn + "wv.weight")
 
         return packs | {f"{ours}.attn.qkv.weight": qkv}
 
@@ -248,60 +251,57 @@ def _pack_block(settings: Settings, get: Get, theirs: str, ours: str) -> dict[st
 
     def down() -> Iterator[Tensor]:
         kv = get(attn + "kv_down.weight")
-        yield torch.cat([get(attn + "q_down.weight"), kv[:rank], _halves(kv[rank:], rope)]).T
+        yield from (get(attn + "q_down.weight"), kv[:rank], _halves(kv[rank:], rope))
 
     def q_up() -> Iterator[Tensor]:
         unrotated = get(attn + "q_up_nope.weight").unflatten(0, (settings.n_heads, nope))
         rotated = _halves(get(attn + "q_up_rope.weight"), rope).unflatten(0, (settings.n_heads, rope))
-        yield torch.cat([unrotated, rotated], 1).flatten(0, 1).T
+        yield torch.cat([unrotated, rotated], 1).flatten(0, 1)
 
-    def kv_up(part: slice) -> Pack:
-        return lambda: iter([get(attn + "kv_up.weight").unflatten(0, (settings.n_heads, -1))[:, part]])
+    def kv_up(part: slice) -> Tensor:
+        rows: Tensor = get(attn + "kv_up.weight").unflatten(0, (settings.n_heads, -1))[:, part]
+        return rows
 
     return packs | {
         f"{ours}.attn.down.weight": down,
-        f"{ours}.attn.q_norm.weight": lambda: iter([get(attn + "q_norm.weight")]),
+        f"{ours}.attn.q_up.norm": lambda: iter([get(attn + "q_norm.weight")]),
         f"{ours}.attn.q_up.weight": q_up,
         f"{ours}.attn.kv_norm": lambda: iter([get(attn + "kv_norm.weight")]),
-        f"{ours}.attn.w_uk": kv_up(slice(None, nope)),
-        f"{ours}.attn.w_uv": kv_up(slice(nope, None)),
+        f"{ours}.attn.w_uk": lambda: iter([kv_up(slice(None, nope)).transpose(1, 2)]),
+        f"{ours}.attn.w_uv": lambda: iter([kv_up(slice(nope, None))]),
     }
 
 
-def _pack_dense(get: Get, theirs: str, ours: str, experts: int | None = None) -> dict[str, Pack]:
-    """One SwiGLU block; or several, side by side in the hidden channels, where the family adds up `experts` of them."""
-    prefixes = [f"{theirs}."] if experts is None else [f"{theirs}.{index}." for index in range(experts)]
-
-    def gate_up() -> Iterator[Tensor]:
-        parts = [get(f"{prefix}{name}.weight") for name in ("gate", "up") for prefix in prefixes]
-        yield torch.cat(parts).T
-
-    def down() -> Iterator[Tensor]:
-        for prefix in prefixes:
-            yield get(f"{prefix}down.weight").T
-
-    return {f"{ours}.gate_up.weight": gate_up, f"{ours}.down.weight": down}
+def _pack_dense(get: Get, theirs: str, ours: str) -> dict[str, Pack]:
+    return {
+        f"{ours}.gate_up": lambda: iter([get(f"{theirs}.gate.weight"), get(f"{theirs}.up.weight")]),
+        f"{ours}.down": lambda: iter([get(f"{theirs}.down.weight")]),
+    }
 
 
 def _pack_experts(settings: Settings, get: Get, theirs: str, ours: str) -> dict[str, Pack]:
+    """Routed experts, then the shared ones: each of those is as wide as top_k routed ones, and cut into so many."""
+    names = [f"{theirs}.routed_experts.{index}" for index in range(settings.n_experts)]
+    shared = [f"{theirs}.shared_experts.{index}" for index in range(settings.n_shared_experts)]
+    width = settings.expert_dim
+
     def gate_up() -> Iterator[Tensor]:
-        for index in range(settings.n_experts):
-            parts = [get(f"{theirs}.routed_experts.{index}.{name}.weight") for name in ("gate", "up")]
-            yield torch.cat(parts).unsqueeze(0)
+        for name in names + shared:
+            gates, ups = (get(f"{name}.{part}.weight").split(width) for part in ("gate", "up"))
+            for gate, up in zip(gates, ups, strict=True):
+                yield torch.cat([gate, up]).unsqueeze(0)
 
     def down() -> Iterator[Tensor]:
-        for index in range(settings.n_experts):
-            yield get(f"{theirs}.routed_experts.{index}.down.weight").unsqueeze(0)
+        for name in names + shared:
+            for part in get(f"{name}.down.weight").split(width, 1):
+                yield part.unsqueeze(0)
 
-    packs: dict[str, Pack] = {
-        f"{ours}.router": lambda: iter([get(f"{theirs}.router.weight").T]),
+    return {
+        f"{ours}.router": lambda: iter([get(f"{theirs}.router.weight")]),
         f"{ours}.router_bias": lambda: iter([get(f"{theirs}.router_bias")]),
         f"{ours}.gate_up": gate_up,
         f"{ours}.down": down,
     }
-    if settings.n_shared_experts:
-        packs |= _pack_dense(get, f"{theirs}.shared_experts", f"{ours}.shared", settings.n_shared_experts)
-    return packs
 
 
 def _pack_loop(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
@@ -315,13 +315,13 @@ def _pack_loop(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
 
     return {
         "recurrent.loop_signal": lambda: iter([_loop_signal(settings, max_loops)]),
-        "recurrent.norm.weight": lambda: iter([get("recurrent.norm.weight")]),
-        "recurrent.lora_down.weight": lambda: iter([get("recurrent.lora.down.weight").T]),
+        "recurrent.norm": lambda: iter([get("recurrent.norm.weight")]),
+        "recurrent.lora_down": lambda: iter([get("recurrent.lora.down.weight")]),
         "recurrent.lora_scale": lora_scale,
-        "recurrent.lora_up.weight": lambda: iter([get("recurrent.lora.B")]),
+        "recurrent.lora_up": lambda: iter([get("recurrent.lora.B").T]),
         "recurrent.decay": decay,
         "recurrent.injection": lambda: iter([get("recurrent.injection.B")]),
-        "recurrent.halt.weight": lambda: iter([get("recurrent.act.halt.weight").T]),
+        "recurrent.halt": lambda: iter([get("recurrent.act.halt.weight").flatten()]),
         "recurrent.halt_bias": lambda: iter([get("recurrent.act.halt.bias")]),
     }
 

@@ -1,4 +1,4 @@
-"""Attention in export form: projections around the ai.mythos attention operators.
+"""Attention in export form, with its norm and residual: projections around the ai.mythos attention operators.
 
 Shape letters: B batch, S new tokens, D dim, C capacity and W width of the cache, h half the rotated size of a head.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_export.config import AttentionConfig, GroupedQueryAttentionConfig, LatentAttentionConfig
-from mythos_export.model.layers import Linear, RMSNorm, empty
+from mythos_export.model.layers import NormalizedLinear, ResidualLinear, empty
 
 
 class Context(NamedTuple):
@@ -35,50 +35,43 @@ class LatentAttention(nn.Module):
         self.split = [config.q_lora_rank, config.cache_width]
         self.scale = head_dim**-0.5
         self.epsilon = epsilon
-        self.down = Linear(dim, sum(self.split), dtype)
-        self.q_norm = RMSNorm(config.q_lora_rank, epsilon, dtype)
-        self.q_up = Linear(config.q_lora_rank, config.n_heads * head_dim, dtype)
+        self.down = NormalizedLinear(dim, sum(self.split), epsilon, dtype)
+        self.q_up = NormalizedLinear(config.q_lora_rank, config.n_heads * head_dim, epsilon, dtype)
         self.kv_norm = empty(config.kv_lora_rank, dtype=torch.float32)
-        self.w_uk = empty(config.n_heads, config.qk_nope_head_dim, config.kv_lora_rank, dtype=dtype)
+        self.w_uk = empty(config.n_heads, config.kv_lora_rank, config.qk_nope_head_dim, dtype=dtype)
         self.w_uv = empty(config.n_heads, config.v_head_dim, config.kv_lora_rank, dtype=dtype)
-        self.out = Linear(config.n_heads * config.v_head_dim, dim, dtype)
+        self.out = ResidualLinear(config.n_heads * config.v_head_dim, dim, dtype)
 
     def forward(self, x: Tensor, context: Context, slot: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> [B, S, D] and the new rows [B, S, W]."""
+        """x [B, S, D] float32 -> x + attention [B, S, D] and the new rows [B, S, W]."""
         q_latent, kv = self.down(x).split(self.split, -1)
         y, new_kv = torch.ops.mythos.latent_attention(
-            self.q_up(self.q_norm(q_latent)),
-            kv,
-            self.kv_norm,
-            self.w_uk,
-            self.w_uv,
-            *context,
-            slot,
-            self.scale,
-            self.epsilon,
+            self.q_up(q_latent), kv, self.kv_norm, self.w_uk, self.w_uv, *context, slot, self.scale, self.epsilon
         )
-        return self.out(y), new_kv
+        return self.out(x, y), new_kv
 
 
 class GroupedQueryAttention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245). qkv: the three projections in one matrix."""
 
-    def __init__(self, dim: int, config: GroupedQueryAttentionConfig, dtype: torch.dtype) -> None:
+    def __init__(self, dim: int, config: GroupedQueryAttentionConfig, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.scale = config.head_dim**-0.5
-        self.qkv = Linear(dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, dtype)
-        self.out = Linear(config.n_heads * config.head_dim, dim, dtype)
+        n_out = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.qkv = NormalizedLinear(dim, n_out, epsilon, dtype)
+        self.out = ResidualLinear(config.n_heads * config.head_dim, dim, dtype)
 
     def forward(self, x: Tensor, context: Context, slot: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> [B, S, D] and the new rows [B, S, W]."""
+        """x [B, S, D] float32 -> x + attention [B, S, D] and the new rows [B, S, W]."""
+        config = self.config
         y, new_kv = torch.ops.mythos.grouped_query_attention(
-            self.qkv(x), *context, slot, self.config.n_heads, self.config.n_kv_heads, self.scale
+            self.qkv(x), *context, slot, config.n_heads, config.n_kv_heads, config.window, self.scale
         )
-        return self.out(y), new_kv
+        return self.out(x, y), new_kv
 
 
 def attention(dim: int, config: AttentionConfig, epsilon: float, dtype: torch.dtype) -> nn.Module:
     if isinstance(config, LatentAttentionConfig):
         return LatentAttention(dim, config, epsilon, dtype)
-    return GroupedQueryAttention(dim, config, dtype)
+    return GroupedQueryAttention(dim, config, epsilon, dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mythos_export.config import DenseConfig, LayerConfig, ModelConfig
 from mythos_export.model.attention import Context, attention
-from mythos_export.model.layers import FeedForward, RMSNorm, empty
+from mythos_export.model.layers import FeedForward, empty
 from mythos_export.model.mixture_of_experts import MixtureOfExperts
 from mythos_export.model.recurrent import Recurrent
 
@@ -22,19 +22,16 @@ class Layer(nn.Module):
     def __init__(self, dim: int, config: LayerConfig, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
         feed_forward = config.feed_forward
-        self.attn_norm = RMSNorm(dim, epsilon, dtype)
         self.attn = attention(dim, config.attention, epsilon, dtype)
-        self.ffn_norm = RMSNorm(dim, epsilon, dtype)
         self.ffn: nn.Module
         if isinstance(feed_forward, DenseConfig):
-            self.ffn = FeedForward(dim, feed_forward, dtype)
+            self.ffn = FeedForward(dim, feed_forward, epsilon, dtype)
         else:
-            self.ffn = MixtureOfExperts(dim, feed_forward, dtype)
+            self.ffn = MixtureOfExperts(dim, feed_forward, epsilon, dtype)
 
     def forward(self, x: Tensor, context: Context, slot: Tensor) -> tuple[Tensor, Tensor]:
-        y, new_kv = self.attn(self.attn_norm(x), context, slot)
-        x = x + y.float()
-        return x + self.ffn(self.ffn_norm(x)).float(), new_kv
+        x, new_kv = self.attn(x, context, slot)
+        return self.ffn(x), new_kv
 
 
 class Decoder(nn.Module):
@@ -64,7 +61,7 @@ class Decoder(nn.Module):
         self.prelude = layers(config.prelude)
         self.recurrent = Recurrent(config, config.loop, layers(config.loop_layers), max_loops) if config.loop else None
         self.coda = layers(config.coda)
-        self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
+        self.norm = empty(config.dim, dtype=torch.float32)
         self.head = None if config.tie_embeddings else empty(config.vocab_size, config.dim, dtype=dtype)
 
     def forward(
@@ -100,11 +97,10 @@ class Decoder(nn.Module):
             x, new_kv = layer(x, context, slot)
             rows.append(new_kv.unsqueeze(0))
         x = torch.gather(x, 1, logit_positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return self._logits(self.norm(x)), torch.cat(rows), exit_loop
+        return self._logits(x), torch.cat(rows), exit_loop
 
     def _logits(self, x: Tensor) -> Tensor:
-        """x [B, K, D] -> [B, K, V] float32, the matrix on the left: no transposed copy of a tied embedding is ever made."""
+        """x [B, K, D] float32 -> [B, K, V] float32."""
         head = self.embed if self.head is None else self.head
-        by_token = (head @ x.flatten(0, 1).T).T
-        logits: Tensor = by_token.unflatten(0, x.shape[:2])
+        logits: Tensor = torch.ops.mythos.normalized_linear(x, self.norm, head, self.config.norm_eps)
         return logits.float()

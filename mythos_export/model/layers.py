@@ -1,4 +1,4 @@
-"""The small parts every layer is made of, in export form: matrices stand [in, out], the residual stream is float32.
+"""What a parameter and a linear layer are in export form: matrices stand [out, in], the residual stream is float32.
 
 Shape letters: B batch, S new tokens, D dim, I and O input and output channels, F hidden channels.
 """
@@ -16,43 +16,42 @@ def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
-class Linear(nn.Module):
-    """y [..., O] = x [..., I] @ weight [I, O]: the layout ONNX MatMul reads without a transposed copy."""
+class NormalizedLinear(nn.Module):
+    """y [..., O] = rms_norm(x [..., I]) · weight [O, I]^T, in the dtype of the matrix."""
+
+    def __init__(self, n_in: int, n_out: int, epsilon: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = empty(n_in, dtype=torch.float32)
+        self.weight = empty(n_out, n_in, dtype=dtype)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mythos.normalized_linear(x, self.norm, self.weight, self.epsilon)
+        return y
+
+
+class ResidualLinear(nn.Module):
+    """residual [..., O] + x [..., I] · weight [O, I]^T, float32."""
 
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = empty(n_in, n_out, dtype=dtype)
+        self.weight = empty(n_out, n_in, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) in float32, the result in the dtype of the matrices that read it.
-
-    Written with a division, the form onnxruntime fuses into one node.
-    """
-
-    def __init__(self, dim: int, epsilon: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = empty(dim, dtype=torch.float32)
-        self.epsilon = epsilon
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return (x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon) * self.weight).to(self.dtype)
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mythos.residual_linear(residual, x, self.weight)
+        return y
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202) of x [B, S, D]: gate and up in one matrix [D, 2F], then down [F, D]."""
+    """x + SwiGLU (arXiv 2002.05202) of rms_norm(x), x [B, S, D] float32: gate and up in one matrix [2F, D], down [D, F]."""
 
-    def __init__(self, dim: int, config: DenseConfig, dtype: torch.dtype) -> None:
+    def __init__(self, dim: int, config: DenseConfig, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up = Linear(dim, 2 * config.hidden_dim, dtype)
-        self.down = Linear(config.hidden_dim, dim, dtype)
+        self.norm = empty(dim, dtype=torch.float32)
+        self.gate_up = empty(2 * config.hidden_dim, dim, dtype=dtype)
+        self.down = empty(dim, config.hidden_dim, dtype=dtype)
+        self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        y: Tensor = self.down(gate * torch.sigmoid(gate) * up)
+        y: Tensor = torch.ops.mythos.feed_forward(x, self.norm, self.gate_up, self.down, self.epsilon)
         return y

@@ -1,7 +1,6 @@
 """The looped part in export form: loop signal, layers, depth-wise LoRA, injection, halting, once a loop.
 
-h = A·h + B·e + Block(h, e), with e the prelude's output (Parcae-style stable injection, A = exp(-exp(log_dt + log_A))).
-Halting is adaptive computation time (arXiv 1603.08983): the result is the halting-weighted sum of the states.
+The formulas stand with the operators, in mythos_export/ops/recurrent.py.
 
 Shape letters: B batch, S new tokens, D dim, T loops, r lora_rank, C capacity and W width of the cache, n layers in the loop.
 """
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from mythos_export.config import LoopConfig, ModelConfig
 from mythos_export.model.attention import Context
-from mythos_export.model.layers import Linear, RMSNorm, empty
+from mythos_export.model.layers import empty
 
 
 class LoopState(NamedTuple):
@@ -40,15 +39,16 @@ class Recurrent(nn.Module):
         dim, dtype = config.dim, torch.float32
         self.first_slot = len(config.prelude)
         self.act_threshold = loop.act_threshold
+        self.norm_eps = config.norm_eps
         self.loop_signal = empty(max_loops, dim, dtype=dtype)
-        self.norm = RMSNorm(dim, config.norm_eps, dtype)
+        self.norm = empty(dim, dtype=dtype)
         self.layers = nn.ModuleList(layers)
-        self.lora_down = Linear(dim, loop.lora_rank, dtype)
+        self.lora_down = empty(loop.lora_rank, dim, dtype=dtype)
         self.lora_scale = empty(max_loops, loop.lora_rank, dtype=dtype)
-        self.lora_up = Linear(loop.lora_rank, dim, dtype)
+        self.lora_up = empty(dim, loop.lora_rank, dtype=dtype)
         self.decay = empty(dim, dtype=dtype)
         self.injection = empty(dim, dtype=dtype)
-        self.halt = Linear(dim, 1, dtype)
+        self.halt = empty(dim, dtype=dtype)
         self.halt_bias = empty(1, dtype=dtype)
 
     def start(self, e: Tensor) -> LoopState:
@@ -56,38 +56,37 @@ class Recurrent(nn.Module):
         return LoopState(e, torch.zeros_like(e), zero, zero.to(torch.int64))
 
     def step(
-        self, state: LoopState, e: Tensor, injected: Tensor, loop: Tensor, wanted: Tensor | None, context: Context
+        self, state: LoopState, e: Tensor, loop: Tensor, n_loops: Tensor, context: Context
     ) -> tuple[LoopState, Tensor]:
-        """Loop number `loop` ([] int64, from 0). e, injected [B, S, D]; wanted [B, 1, 1] bool: rows whose n_loops it is below.
+        """Loop number `loop` ([] int64, from 0). e [B, S, D]; n_loops [B] int64, or [1] for all rows.
 
         Returns the next state and the loop's new cache rows [n, B, S, W].
         """
-        row = loop.reshape(1)
-        x = self.norm(state.h + self.loop_signal.index_select(0, row) + e)
+        x = torch.ops.mythos.recurrent_input(state.h, e, self.loop_signal, self.norm, loop, self.norm_eps)
         rows = []
         for index, layer in enumerate(self.layers):
             slot = loop * len(self.layers) + (self.first_slot + index)
             x, new_kv = layer(x, context, slot)
             rows.append(new_kv)
-        x = x + self.lora_up(self.lora_down(x) * self.lora_scale.index_select(0, row))
-        h = self.decay * state.h + injected + x
-        return self._halt(state, h, wanted), torch.stack(rows)
-
-    def _halt(self, state: LoopState, h: Tensor, wanted: Tensor | None) -> LoopState:
-        # Not torch.sigmoid: runtimes approximate it to 1e-7 absolute, but a small probability needs relative accuracy.
-        probability = 1.0 / (1.0 + torch.exp(-(self.halt(h) + self.halt_bias)))
-        running = state.halted_mass < self.act_threshold
-        if wanted is not None:
-            running = running & wanted
-        mass = state.halted_mass + probability
-        remainder = torch.clamp(1.0 - state.halted_mass, min=0.0)
-        weight = torch.where(mass >= self.act_threshold, remainder, probability)
-        return LoopState(
-            h,
-            torch.where(running, state.result + weight * h, state.result),
-            torch.where(running, mass, state.halted_mass),
-            state.exit_loop + running.to(torch.int64),
+        updated = torch.ops.mythos.recurrent_update(
+            x,
+            state.h,
+            e,
+            state.result,
+            state.halted_mass,
+            state.exit_loop,
+            loop,
+            n_loops,
+            self.lora_down,
+            self.lora_scale,
+            self.lora_up,
+            self.decay,
+            self.injection,
+            self.halt,
+            self.halt_bias,
+            self.act_threshold,
         )
+        return LoopState(*updated), torch.stack(rows)
 
     def forward(
         self, e: Tensor, context: Context, n_loops: Tensor | int, n_slots: int
@@ -104,14 +103,14 @@ class Recurrent(nn.Module):
         return state.result, rows, state.exit_loop.squeeze(-1)
 
     def _unrolled(self, e: Tensor, context: Context, n_loops: int) -> tuple[LoopState, Tensor]:
-        injected, state, rows = self.injection * e, self.start(e), []
+        state, rows, depth = self.start(e), [], torch.tensor([n_loops])
         for index in range(n_loops):
-            state, new_rows = self.step(state, e, injected, torch.tensor(index), None, context)
+            state, new_rows = self.step(state, e, torch.tensor(index), depth, context)
             rows.append(new_rows)
         return state, torch.cat(rows)
 
     def _while(self, e: Tensor, context: Context, n_loops: Tensor, n_slots: int) -> tuple[LoopState, Tensor]:
-        injected, deepest = self.injection * e, n_loops.max()
+        deepest = n_loops.max()
         batch, seq, width = e.shape[0], e.shape[1], context.past_kv.shape[-1]
         rows = torch.zeros(n_slots, batch, seq, width, dtype=context.past_kv.dtype)
 
@@ -119,8 +118,7 @@ class Recurrent(nn.Module):
             return loop < deepest
 
         def body(loop: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
-            wanted = (loop < n_loops).reshape(-1, 1, 1)
-            state, new_rows = self.step(LoopState(*carried[:4]), e, injected, loop, wanted, context)
+            state, new_rows = self.step(LoopState(*carried[:4]), e, loop, n_loops, context)
             slots = loop * len(self.layers) + torch.arange(len(self.layers))
             return loop + 1, *state, torch.index_copy(carried[4], 0, slots, new_rows)
 

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from onnx import defs
 
-from mythos_export.ops import grouped_query_attention, latent_attention, mixture_of_experts
+from mythos_export.ops import (
+    feed_forward,
+    grouped_query_attention,
+    latent_attention,
+    linear,
+    mixture_of_experts,
+    recurrent,
+)
 from mythos_export.ops.operator import DOMAIN, DOMAIN_VERSION, OPSET, Operator
 
 OPERATORS: tuple[Operator, ...] = (
-    latent_attention.OPERATOR,
-    grouped_query_attention.OPERATOR,
+    linear.NORMALIZED_LINEAR,
+    linear.QUANTIZED_NORMALIZED_LINEAR,
+    linear.RESIDUAL_LINEAR,
+    linear.QUANTIZED_RESIDUAL_LINEAR,
+    feed_forward.OPERATOR,
+    feed_forward.QUANTIZED,
     mixture_of_experts.OPERATOR,
+    mixture_of_experts.QUANTIZED,
+    latent_attention.OPERATOR,
+    latent_attention.INT8_CACHE,
+    latent_attention.QUANTIZED,
+    latent_attention.QUANTIZED_INT8_CACHE,
+    grouped_query_attention.OPERATOR,
+    grouped_query_attention.INT8_CACHE,
+    recurrent.INPUT,
+    recurrent.UPDATE,
 )
 
 

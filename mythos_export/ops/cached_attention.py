@@ -6,15 +6,14 @@ n any number of heads, h half their size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from mythos_export.ops.operator import wide
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm (arXiv 1910.07467) over the last dimension, in the dtype of x (float32 where it matters)."""
-    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
+from mythos_export.ops.operator import Operator, Shape, wide
+from mythos_export.ops.products import SMALLEST
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -24,19 +23,63 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def live_past(past_kv: Tensor, past_len: Tensor, slot: Tensor, new_kv: Tensor) -> tuple[Tensor, Tensor]:
+class CachedRows(NamedTuple):
+    """The rows of new tokens as the cache holds them, and as attention reads them.
+
+    new_kv [B, S, W] in the dtype of the cache; new_scale [B, S] float32 where that is int8, else None; rows [B, S, W]: the same
+    numbers in the dtype of the queries.
+    """
+
+    new_kv: Tensor
+    new_scale: Tensor | None
+    rows: Tensor
+
+    @property
+    def present_scale(self) -> Tensor:
+        """new_scale of an int8 cache."""
+        if self.new_scale is None:
+            raise TypeError("past_kv is not int8")
+        return self.new_scale
+
+
+def store_rows(rows: Tensor, past_kv: Tensor, dtype: torch.dtype) -> CachedRows:
+    """Rounds rows [B, S, W] to what past_kv holds; dtype: of the queries. int8: to 255 levels of each row's largest number."""
+    if past_kv.dtype != torch.int8:
+        # A cache as wide as the arithmetic loses nothing, so float64 inputs stay what they are.
+        new_kv = rows.to(past_kv.dtype)
+        return CachedRows(new_kv, None, new_kv.to(dtype))
+    largest = rows.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > SMALLEST, 127.0 / largest, 0.0)
+    levels, scale = (rows * inverse).round(), largest / 127.0
+    return CachedRows(levels.to(torch.int8), scale.squeeze(-1).float(), (levels * scale).to(dtype))
+
+
+def live_past(
+    past_kv: Tensor,
+    past_scale: Tensor | None,
+    past_len: Tensor,
+    slot: Tensor,
+    rows: Tensor,
+    window: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Rows to attend to [B, L, W], dead ones replaced by 0, and who may see whom [B, S, 1, L].
 
-    past_kv [slots, B, C, W], past_len [B], slot [], new_kv [B, S, W].
+    past_kv [slots, B, C, W], past_scale [slots, B, C] where that is int8, past_len [B], slot [], rows [B, S, W]: the new ones.
+    window: positions a token sees, itself included; 0 for all.
     """
-    longest, seq = int(past_len.max()), new_kv.shape[1]
-    column = torch.arange(longest + seq, device=new_kv.device)
-    row = torch.arange(longest, longest + seq, device=new_kv.device)
+    longest, seq = int(past_len.max()), rows.shape[1]
+    column = torch.arange(longest + seq, device=rows.device)
+    row = torch.arange(longest, longest + seq, device=rows.device)
     filled = (column < past_len[:, None]) | (column >= longest)
-    past = past_kv[int(slot), :, :longest]
+    past = past_kv[int(slot), :, :longest].to(rows.dtype)
+    if past_scale is not None:
+        past = past * past_scale[int(slot), :, :longest, None].to(rows.dtype)
     past = torch.where(filled[:, :longest, None], past, torch.zeros((), dtype=past.dtype, device=past.device))
     allowed = (column <= row[:, None]) & filled[:, None, :]
-    return torch.cat([past, new_kv], 1), allowed.unsqueeze(2)
+    if window:
+        position = torch.where(column < longest, column, column - longest + past_len[:, None])  # [B, L]
+        allowed = allowed & (position[:, None, :] > (row - longest)[:, None] + past_len[:, None, None] - window)
+    return torch.cat([past, rows], 1), allowed.unsqueeze(2)
 
 
 def attend_rows(scores: Tensor, rows: Tensor, allowed: Tensor) -> Tensor:
@@ -61,14 +104,13 @@ ROTATE_HEADS = """
   rotated = Concat <axis = -1> (rotated_first, rotated_second)
 """
 
-# allowed [B, S, 1, L]: row s sees its sequence's past_len rows and the new rows up to itself.
-# live [B, P, 1]: the rows of the cache that hold something; a dead row is replaced, never added to, so its NaN is gone.
-# Needs `seq` [1] = S.
-MASK = """
+# allowed [B, S, 1, L]: row s sees its sequence's past_len rows and the new rows up to itself, of those the last `window`.
+# past [B, P, W] in the dtype of `fresh`: rows of the cache; a dead one is replaced, never added to, so its NaN is gone.
+# Needs `seq` [1] = S, `fresh` [B, S, W] and `window_int` [].
+_PAST = """
   axis_0 = Constant <value_ints = [0]> ()
   axis_1 = Constant <value_ints = [1]> ()
   axis_last = Constant <value_ints = [-1]> ()
-  scalar_shape = Constant <value_ints: ints = []> ()
   int_0 = Constant <value_int = 0> ()
   int_1 = Constant <value_int = 1> ()
   past_max = ReduceMax <keepdims = 0> (past_len)
@@ -86,7 +128,8 @@ MASK = """
   filled = Or(in_past, is_new)
   filled_rows = Unsqueeze(filled, axis_1)
   allowed_3 = And(causal, filled_rows)
-  allowed = Unsqueeze(allowed_3, axis_2)
+  {WINDOW}
+  allowed = Unsqueeze(allowed_w, axis_2)
   past_live = Slice(filled, axis_0, past_max_1, axis_1)
   live = Unsqueeze(past_live, axis_last)
   slot_1 = Reshape(slot, axis_1)
@@ -95,11 +138,75 @@ MASK = """
   slot_starts = Concat <axis = 0> (slot_1, axis_0)
   slot_ends = Concat <axis = 0> (slot_next, past_max_1)
   past_of_slot = Slice(past_kv, slot_starts, slot_ends, slot_axes)
-  past_rows = Squeeze(past_of_slot, axis_0)
+  past_stored = Squeeze(past_of_slot, axis_0)
+  {VALUES}
   empty = Constant <value_float = 0.0> ()
-  empty_t = CastLike(empty, past_kv)
+  empty_t = CastLike(empty, fresh)
   past = Where(live, past_rows, empty_t)
 """
+
+# A sliding window: new columns stand at their sequence's past_len and after it.
+_WINDOW = """
+  window_int = Constant <value_int: int = @window> ()
+  has_window = Greater(window_int, int_0)
+  gap = Sub(past_max, past_len_1)
+  no_gap = Sub(gap, gap)
+  column_gap = Where(is_new, gap, no_gap)
+  column_position = Sub(column, column_gap)
+  row_gap = Unsqueeze(gap, axis_1)
+  row_position = Sub(row_1, row_gap)
+  first_seen = Sub(row_position, window_int)
+  position_rows = Unsqueeze(column_position, axis_1)
+  in_window = Greater(position_rows, first_seen)
+  no_window = Not(has_window)
+  in_reach = Or(in_window, no_window)
+  allowed_w = And(allowed_3, in_reach)
+"""
+
+_INT8_VALUES = """
+  scale_of_slot = Slice(past_scale, slot_starts, slot_ends, slot_axes)
+  scale_rows = Squeeze(scale_of_slot, axis_0)
+  scale_column = Unsqueeze(scale_rows, axis_last)
+  past_levels = Cast <to = 1> (past_stored)
+  past_rows = Mul(past_levels, scale_column)
+"""
+
+
+def past_text(*, int8: bool, window: bool) -> str:
+    """Statements that give `allowed` and `past`; see above. int8: past_kv holds int8 rows, with past_scale."""
+    text = _PAST.replace("{WINDOW}", _WINDOW if window else "allowed_w = Identity(allowed_3)")
+    return text.replace("{VALUES}", _INT8_VALUES if int8 else "past_rows = CastLike(past_stored, fresh)")
+
+
+# From rows [B, S, W] in float32: new_kv as the cache holds them, fresh as attention reads them (in the dtype of `like`).
+_STORE = """
+  new_kv = CastLike(rows_f, past_kv)
+  fresh = CastLike(new_kv, {like})
+"""
+
+_STORE_INT8 = f"""
+  store_last = Constant <value_ints = [-1]> ()
+  row_size = Abs(rows_f)
+  row_largest = ReduceMax <keepdims = 1> (row_size, store_last)
+  store_127 = Constant <value_float = 127.0> ()
+  store_none = Constant <value_float = 0.0> ()
+  store_least = Constant <value_float = {SMALLEST}> ()
+  row_scale = Div(row_largest, store_127)
+  row_any = Greater(row_largest, store_least)
+  row_ratio = Div(store_127, row_largest)
+  row_inverse = Where(row_any, row_ratio, store_none)
+  row_scaled = Mul(rows_f, row_inverse)
+  row_levels = Round(row_scaled)
+  new_kv = Cast <to = 3> (row_levels)
+  new_scale = Squeeze(row_scale, store_last)
+  fresh = Mul(row_levels, row_scale)
+"""
+
+
+def store_text(like: str, *, int8: bool) -> str:
+    """Statements that give `new_kv` (and `new_scale`) and `fresh` from `rows_f`."""
+    return _STORE_INT8 if int8 else _STORE.replace("{like}", like)
+
 
 # probabilities [B, S, H, L] from `scores` of that shape, in float32: a mask selects, it is never added.
 SOFTMAX = """
@@ -107,5 +214,34 @@ SOFTMAX = """
   never = Constant <value_float = -inf> ()
   masked = Where(allowed, scores_f, never)
   probabilities_f = Softmax <axis = -1> (masked)
-  probabilities = CastLike(probabilities_f, past_kv)
+  probabilities = CastLike(probabilities_f, fresh)
 """
+
+
+def with_int8_cache(operator: Operator, torch_op: Any, body: str) -> Operator:
+    """The operator's form for an int8 cache: …Int8Cache, with past_scale after past_kv and new_scale after new_kv."""
+    inputs: list[tuple[str, str, str]] = []
+    for name, kind, text in operator.inputs:
+        inputs.append((name, "tensor(int8)" if name == "past_kv" else "tensor(float)" if kind == "T" else kind, text))
+        if name == "past_kv":
+            inputs.append(("past_scale", "tensor(float)", "[slots, batch, capacity]: of each row"))
+    at = [name for name, _, _ in inputs].index("past_scale")
+
+    def infer_shapes(shapes: list[Shape], attributes: dict[str, Any]) -> list[Shape]:
+        y, new_kv = operator.infer_shapes([*shapes[:at], *shapes[at + 1 :]], attributes)
+        return [y, new_kv, list(new_kv)[:2]]
+
+    return replace(
+        operator,
+        name=f"{operator.name}Int8Cache",
+        doc=f"{operator.doc} The cache holds int8 rows, each with a scale.",
+        inputs=tuple(inputs),
+        outputs=(
+            (operator.outputs[0][0], "tensor(float)", operator.outputs[0][2]),
+            ("new_kv", "tensor(int8)", operator.outputs[1][2]),
+            ("new_scale", "tensor(float)", "[batch, seq]: of each new row"),
+        ),
+        torch_op=torch_op,
+        infer_shapes=infer_shapes,
+        body=body,
+    )

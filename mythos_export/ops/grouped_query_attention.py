@@ -9,7 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mythos_export.ops.cached_attention import MASK, ROTATE_HEADS, SOFTMAX, attend_rows, live_past, rotate
+from mythos_export.ops.cached_attention import (
+    ROTATE_HEADS,
+    SOFTMAX,
+    CachedRows,
+    attend_rows,
+    live_past,
+    past_text,
+    rotate,
+    store_rows,
+    store_text,
+    with_int8_cache,
+)
 from mythos_export.ops.operator import Operator
 
 
@@ -23,33 +34,72 @@ def grouped_query_attention(
     slot: Tensor,
     n_heads: int,
     n_kv_heads: int,
+    window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of S new tokens over past_len cached rows and over themselves, causally.
 
     qkv [B, S, (H+2K)*D]: queries, keys, values as projected. cos, sin [B, S, D/2]: float32, of the new tokens' positions.
-    past_kv [slots, B, C, W], past_len [B] int64, slot [] int64. scale: of the scores, usually D**-0.5.
-    Returns y [B, S, H*D] and new_kv [B, S, W]: rotated keys, then values.
+    past_kv [slots, B, C, W], past_len [B] int64, slot [] int64. window: positions a token sees, itself included (sliding window,
+    arXiv 2310.06825); 0 for all. scale: of the scores, usually D**-0.5.
+    Returns y [B, S, H*D] and new_kv [B, S, W]: rotated keys, then values, in the dtype of past_kv.
     """
+    y, stored = _attend(qkv, cos, sin, past_kv, None, past_len, slot, (n_heads, n_kv_heads, window), scale)
+    return y, stored.new_kv
+
+
+@torch.library.custom_op("mythos::grouped_query_attention_int8_cache", mutates_args=())
+def grouped_query_attention_int8_cache(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_kv: Tensor,
+    past_scale: Tensor,
+    past_len: Tensor,
+    slot: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over int8 rows: past_scale [slots, B, C] float32. Also returns new_scale [B, S]."""
+    y, stored = _attend(qkv, cos, sin, past_kv, past_scale, past_len, slot, (n_heads, n_kv_heads, window), scale)
+    return y, stored.new_kv, stored.present_scale
+
+
+def _attend(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_kv: Tensor,
+    past_scale: Tensor | None,
+    past_len: Tensor,
+    slot: Tensor,
+    sizes: tuple[int, int, int],
+    scale: float,
+) -> tuple[Tensor, CachedRows]:
+    n_heads, n_kv_heads, window = sizes
     heads = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
     to_rotate, value = heads.split([n_heads + n_kv_heads, n_kv_heads], 2)
     query, key = rotate(to_rotate, cos, sin).to(qkv.dtype).split([n_heads, n_kv_heads], 2)
-    new_kv = torch.cat([key, value], 2).flatten(2)
-    rows, allowed = live_past(past_kv, past_len, slot, new_kv)
+    stored = store_rows(torch.cat([key, value], 2).flatten(2), past_kv, qkv.dtype)
+    rows, allowed = live_past(past_kv, past_scale, past_len, slot, stored.rows, window)
     keys, values = (
         half.unflatten(-1, (n_kv_heads, -1)).repeat_interleave(n_heads // n_kv_heads, 2) for half in rows.chunk(2, -1)
     )
-    return attend_rows(torch.einsum("bshd,blhd->bshl", query * scale, keys), values, allowed).flatten(2), new_kv
+    return attend_rows(torch.einsum("bshd,blhd->bshl", query * scale, keys), values, allowed).flatten(2), stored
 
 
 @grouped_query_attention.register_fake
-def _(qkv, cos, sin, past_kv, past_len, slot, n_heads, n_kv_heads, scale):  # type: ignore[no-untyped-def]
+def _(qkv, cos, sin, past_kv, past_len, slot, n_heads, n_kv_heads, window, scale):  # type: ignore[no-untyped-def]
     batch, seq, width = qkv.shape
     head_dim = width // (n_heads + 2 * n_kv_heads)
-    return qkv.new_empty(batch, seq, n_heads * head_dim), qkv.new_empty(batch, seq, 2 * n_kv_heads * head_dim)
+    new_kv = past_kv.new_empty(batch, seq, 2 * n_kv_heads * head_dim)
+    return qkv.new_empty(batch, seq, n_heads * head_dim), new_kv
 
 
-BODY = f"""
+def _body(*, int8: bool) -> str:
+    return f"""
   # sizes; static, so onnxruntime folds them
   n_heads_int = Constant <value_int: int = @n_heads> ()
   n_kv_heads_int = Constant <value_int: int = @n_kv_heads> ()
@@ -73,10 +123,11 @@ BODY = f"""
   {ROTATE_HEADS}
   rotated_split = Concat <axis = 0> (n_heads_1, n_kv_heads_1)
   query_f, key_f = Split <axis = 2> (rotated, rotated_split)
-  key = CastLike(key_f, qkv)
-  new_heads = Concat <axis = 2> (key, value)
+  value_f = Cast <to = 1> (value)
+  new_heads = Concat <axis = 2> (key_f, value_f)
   flat_shape = Concat <axis = 0> (lead, rest)
-  new_kv = Reshape(new_heads, flat_shape)
+  rows_f = Reshape(new_heads, flat_shape)
+  {store_text("qkv", int8=int8)}
 
   # queries of one group side by side: [B, K, S*G, D]
   group = Div(n_heads_1, n_kv_heads_1)
@@ -91,8 +142,8 @@ BODY = f"""
   query = Reshape(query_by_head, query_shape)
 
   # keys [B, K, D, L] and values [B, K, L, D]
-  {MASK}
-  rows = Concat <axis = 1> (past, new_kv)
+  {past_text(int8=int8, window=True)}
+  rows = Concat <axis = 1> (past, fresh)
   two = Constant <value_ints = [2]> ()
   rows_shape = Concat <axis = 0> (batch, total_1, two, n_kv_heads_1, head_dim)
   rows_by_head = Reshape(rows, rows_shape)
@@ -122,6 +173,13 @@ BODY = f"""
   y = Reshape(mixed_by_token, flat_shape)
 """
 
+
+def _per_head(width: int | str | None, attributes: dict[str, int], n: int) -> int | None:
+    if not isinstance(width, int):
+        return None
+    return width // (attributes["n_heads"] + 2 * attributes["n_kv_heads"]) * n
+
+
 OPERATOR = Operator(
     name="GroupedQueryAttention",
     doc="Grouped-query attention (arXiv 2305.13245) over a cache of rotated keys and values. Rotates queries and keys, returns "
@@ -130,17 +188,18 @@ OPERATOR = Operator(
         ("qkv", "T", "[batch, seq, (n_heads + 2 * n_kv_heads) * head_dim]: queries, keys, values as projected"),
         ("cos", "tensor(float)", "[batch, seq, head_dim / 2]: of the new tokens' positions"),
         ("sin", "tensor(float)", "[batch, seq, head_dim / 2]"),
-        ("past_kv", "T", "[slots, batch, capacity, 2 * n_kv_heads * head_dim]: rotated keys, then values"),
+        ("past_kv", "C", "[slots, batch, capacity, 2 * n_kv_heads * head_dim]: rotated keys, then values"),
         ("past_len", "tensor(int64)", "[batch]: valid rows of each sequence"),
         ("slot", "tensor(int64)", "[]: this layer's slot"),
     ),
     outputs=(
         ("y", "T", "[batch, seq, n_heads * head_dim]"),
-        ("new_kv", "T", "[batch, seq, 2 * n_kv_heads * head_dim]: the new tokens' rows"),
+        ("new_kv", "C", "[batch, seq, 2 * n_kv_heads * head_dim]: the new tokens' rows"),
     ),
     attributes={
         "n_heads": ("INT", "query heads"),
         "n_kv_heads": ("INT", "key and value heads"),
+        "window": ("INT", "positions a token sees, itself included; 0 for all"),
         "scale": ("FLOAT", "factor of the scores"),
     },
     torch_op=torch.ops.mythos.grouped_query_attention.default,
@@ -148,11 +207,7 @@ OPERATOR = Operator(
         [*shapes[0][:2], _per_head(shapes[0][2], attributes, attributes["n_heads"])],
         [*shapes[0][:2], _per_head(shapes[0][2], attributes, 2 * attributes["n_kv_heads"])],
     ],
-    body=BODY,
+    body=_body(int8=False),
 )
 
-
-def _per_head(width: int | str | None, attributes: dict[str, int], n: int) -> int | None:
-    if not isinstance(width, int):
-        return None
-    return width // (attributes["n_heads"] + 2 * attributes["n_kv_heads"]) * n
+INT8_CACHE = with_int8_cache(OPERATOR, torch.ops.mythos.grouped_query_attention_int8_cache.default, _body(int8=True))

@@ -5,7 +5,7 @@ The up-projections of keys and values are absorbed: w_uk into the query, w_uv in
 is ever expanded and each cached row is read as it is stored.
 
 Shape letters: B batch, S new tokens, H heads, N qk_nope_head_dim, Q qk_rope_head_dim, V v_head_dim, R kv_lora_rank,
-C capacity of the cache, W = R + Q its width.
+C capacity of the cache, W = R + Q its width, b blocks of input channels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mythos_export.ops.cached_attention import MASK, ROTATE_HEADS, SOFTMAX, attend_rows, live_past, rms_norm, rotate
-from mythos_export.ops.operator import Operator, wide
+from mythos_export.ops.cached_attention import (
+    ROTATE_HEADS,
+    SOFTMAX,
+    CachedRows,
+    attend_rows,
+    live_past,
+    past_text,
+    rotate,
+    store_rows,
+    store_text,
+    with_int8_cache,
+)
+from mythos_export.ops.operator import Operator, rms_norm, wide
+from mythos_export.ops.products import FLOAT, FloatForm, QuantizedForm, dequantize, quantized, round_activations
 
 
 @torch.library.custom_op("mythos::latent_attention", mutates_args=())
@@ -35,34 +47,129 @@ def latent_attention(
     """Attention of S new tokens over past_len cached rows and over themselves, causally.
 
     q [B, S, H*(N+Q)]: queries of each head, unrotated part first. kv [B, S, R+Q]: latent and key part, as projected.
-    kv_norm [R]: weight of the latent's RMSNorm. w_uk [H, N, R], w_uv [H, V, R]. cos, sin [B, S, Q/2]: float32, of the new
+    kv_norm [R]: weight of the latent's RMSNorm. w_uk [H, R, N], w_uv [H, V, R]. cos, sin [B, S, Q/2]: float32, of the new
     tokens' positions. past_kv [slots, B, C, W], past_len [B] int64, slot [] int64: which slot is this layer's.
     scale: of the scores, usually (N+Q)**-0.5. epsilon: of the RMSNorm.
-    Returns y [B, S, H*V] and new_kv [B, S, W], the rows to append to the cache.
+    Returns y [B, S, H*V] and new_kv [B, S, W], the rows to append to the cache, in its dtype.
     """
-    n_heads, nope, rank = w_uk.shape
-    heads = q.unflatten(-1, (n_heads, -1))
-    latent, key = kv.split([rank, kv.shape[-1] - rank], -1)
-    latent = rms_norm(wide(latent), wide(kv_norm), epsilon)
-    new_kv = torch.cat([latent, rotate(key.unsqueeze(2), cos, sin).squeeze(2)], -1).to(q.dtype)
-    q_latent = torch.einsum("bshn,hnr->bshr", heads[..., :nope], w_uk)
-    query = torch.cat([q_latent, rotate(heads[..., nope:], cos, sin).to(q.dtype)], -1) * scale
-    rows, allowed = live_past(past_kv, past_len, slot, new_kv)
-    mixed = attend_rows(torch.einsum("bshw,blw->bshl", query, rows), rows.unsqueeze(2), allowed)
-    return torch.einsum("bshr,hvr->bshv", mixed[..., :rank], w_uv).flatten(2), new_kv
+    y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, (past_kv, None, past_len, slot), scale, epsilon)
+    return y, stored.new_kv
 
 
 @latent_attention.register_fake
 def _(q, kv, kv_norm, w_uk, w_uv, cos, sin, past_kv, past_len, slot, scale, epsilon):  # type: ignore[no-untyped-def]
-    batch, seq, _ = q.shape
-    return q.new_empty(batch, seq, w_uv.shape[0] * w_uv.shape[1]), torch.empty_like(kv)
+    return q.new_empty(*q.shape[:2], w_uv.shape[0] * w_uv.shape[1]), past_kv.new_empty(kv.shape)
 
 
-BODY = f"""
+@torch.library.custom_op("mythos::latent_attention_int8_cache", mutates_args=())
+def latent_attention_int8_cache(
+    q: Tensor,
+    kv: Tensor,
+    kv_norm: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_kv: Tensor,
+    past_scale: Tensor,
+    past_len: Tensor,
+    slot: Tensor,
+    scale: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over int8 rows: past_scale [slots, B, C] float32. Also returns new_scale [B, S]."""
+    y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, (past_kv, past_scale, past_len, slot), scale, epsilon)
+    return y, stored.new_kv, stored.present_scale
+
+
+@torch.library.custom_op("mythos::quantized_latent_attention", mutates_args=())
+def quantized_latent_attention(
+    q: Tensor,
+    kv: Tensor,
+    kv_norm: Tensor,
+    w_uk: Tensor,
+    w_uk_scale: Tensor,
+    w_uv: Tensor,
+    w_uv_scale: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_kv: Tensor,
+    past_len: Tensor,
+    slot: Tensor,
+    scale: float,
+    epsilon: float,
+    block_size: int,
+    activation_bits: int,
+) -> tuple[Tensor, Tensor]:
+    """The same with w_uk and w_uv as `dequantize` takes them."""
+    w_uk, w_uv = dequantize(w_uk, w_uk_scale, block_size), dequantize(w_uv, w_uv_scale, block_size)
+    cache = (past_kv, None, past_len, slot)
+    rounding = (block_size, activation_bits)
+    y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, cache, scale, epsilon, rounding)
+    return y, stored.new_kv
+
+
+@torch.library.custom_op("mythos::quantized_latent_attention_int8_cache", mutates_args=())
+def quantized_latent_attention_int8_cache(
+    q: Tensor,
+    kv: Tensor,
+    kv_norm: Tensor,
+    w_uk: Tensor,
+    w_uk_scale: Tensor,
+    w_uv: Tensor,
+    w_uv_scale: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    past_kv: Tensor,
+    past_scale: Tensor,
+    past_len: Tensor,
+    slot: Tensor,
+    scale: float,
+    epsilon: float,
+    block_size: int,
+    activation_bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both: quantized w_uk and w_uv, int8 rows."""
+    w_uk, w_uv = dequantize(w_uk, w_uk_scale, block_size), dequantize(w_uv, w_uv_scale, block_size)
+    cache = (past_kv, past_scale, past_len, slot)
+    rounding = (block_size, activation_bits)
+    y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, cache, scale, epsilon, rounding)
+    return y, stored.new_kv, stored.present_scale
+
+
+def _attend(
+    q: Tensor,
+    kv: Tensor,
+    kv_norm: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    scale: float,
+    epsilon: float,
+    rounding: tuple[int, int] = (1, 32),
+) -> tuple[Tensor, CachedRows]:
+    """cache: past_kv, past_scale, past_len, slot. rounding: block_size and activation_bits of the products with w_uk and w_uv."""
+    past_kv, past_scale, past_len, slot = cache
+    n_heads, rank, nope = w_uk.shape
+    heads = q.unflatten(-1, (n_heads, -1))
+    latent, key = kv.split([rank, kv.shape[-1] - rank], -1)
+    latent = rms_norm(wide(latent), wide(kv_norm), epsilon)
+    stored = store_rows(torch.cat([latent, rotate(key.unsqueeze(2), cos, sin).squeeze(2)], -1), past_kv, q.dtype)
+    q_latent = torch.einsum("bshn,hrn->bshr", round_activations(heads[..., :nope], *rounding), w_uk.to(q.dtype))
+    query = torch.cat([q_latent, rotate(heads[..., nope:], cos, sin).to(q.dtype)], -1) * scale
+    rows, allowed = live_past(past_kv, past_scale, past_len, slot, stored.rows)
+    mixed = attend_rows(torch.einsum("bshw,blw->bshl", query, rows), rows.unsqueeze(2), allowed)[..., :rank]
+    mixed = round_activations(mixed, *rounding)
+    return torch.einsum("bshr,hvr->bshv", mixed, w_uv.to(q.dtype)).flatten(2), stored
+
+
+def _body(form: FloatForm, *, int8: bool) -> str:
+    return f"""
   # sizes; of weights, so onnxruntime folds them
   n_heads = Shape <start = 0, end = 1> (w_uk)
-  nope = Shape <start = 1, end = 2> (w_uk)
-  rank = Shape <start = 2, end = 3> (w_uk)
+  rank = Shape <start = 1, end = 2> (w_uk)
   width = Shape <start = 3, end = 4> (past_kv)
   rope = Sub(width, rank)
   lead = Shape <start = 0, end = 2> (q)
@@ -73,6 +180,8 @@ BODY = f"""
   # the new rows: RMSNorm of the latent, RoPE of the one key and of every query head together
   q_head_shape = Concat <axis = 0> (lead, n_heads, rest)
   q_heads = Reshape(q, q_head_shape)
+  q_width = Shape <start = 3> (q_heads)
+  nope = Sub(q_width, rope)
   q_split = Concat <axis = 0> (nope, rope)
   q_nope, q_rope = Split <axis = -1> (q_heads, q_split)
   kv_split = Concat <axis = 0> (rank, rope)
@@ -95,15 +204,20 @@ BODY = f"""
   rotated_split = Concat <axis = 0> (n_heads, one)
   q_rotated_f, key_rotated = Split <axis = 2> (rotated, rotated_split)
   key = Squeeze(key_rotated, axis_heads)
-  new_rows = Concat <axis = -1> (latent, key)
-  new_kv = CastLike(new_rows, q)
+  rows_f = Concat <axis = -1> (latent, key)
+  {store_text("q", int8=int8)}
 
-  # w_uk absorbed into the query: [H, B*S, N] x [H, N, R]
-  q_by_head = Transpose <perm = [2, 0, 1, 3]> (q_nope)
-  q_flat_shape = Concat <axis = 0> (n_heads, rest, nope)
-  q_flat = Reshape(q_by_head, q_flat_shape)
-  q_absorbed = MatMul(q_flat, w_uk)
-  q_by_token = Transpose <perm = [1, 0, 2]> (q_absorbed)
+  # w_uk absorbed into the query: [H, R, N] x [H, N, B*S]
+  q_nope_by_head = Transpose <perm = [2, 0, 1, 3]> (q_nope)
+  q_nope_flat_shape = Concat <axis = 0> (rest, nope)
+  q_nope_flat = Reshape(q_nope_by_head, q_nope_flat_shape)
+  {form.rounded("q_nope_flat", "q_nope_rounded")}
+  by_head_shape = Concat <axis = 0> (n_heads, rest, nope)
+  q_nope_heads = Reshape(q_nope_rounded, by_head_shape)
+  q_nope_columns = Transpose <perm = [0, 2, 1]> (q_nope_heads)
+  {form.matrix("w_uk", "w_uk_scale", "uk")}
+  q_absorbed = MatMul(uk, q_nope_columns)
+  q_by_token = Transpose <perm = [2, 0, 1]> (q_absorbed)
   q_latent_shape = Concat <axis = 0> (batch, rest, rank)
   q_latent = Reshape(q_by_token, q_latent_shape)
   q_rotated = CastLike(q_rotated_f, q)
@@ -115,8 +229,8 @@ BODY = f"""
   query = Mul(query_unscaled, scale_t)
 
   # all heads of a sequence against its rows, each row read once: [B, S*H, W] x [B, W, L]
-  {MASK}
-  rows = Concat <axis = 1> (past, new_kv)
+  {past_text(int8=int8, window=False)}
+  rows = Concat <axis = 1> (past, fresh)
   rows_by_channel = Transpose <perm = [0, 2, 1]> (rows)
   scores_flat = MatMul(query, rows_by_channel)
   scores_shape = Concat <axis = 0> (lead, n_heads, rest)
@@ -128,14 +242,23 @@ BODY = f"""
 
   # w_uv applied to the mixed latent: [H, V, R] x [H, R, B*S]
   mixed_latent, mixed_key = Split <axis = -1> (mixed_rows, kv_split)
+  mixed_flat_shape = Concat <axis = 0> (rest, rank)
+  mixed_flat = Reshape(mixed_latent, mixed_flat_shape)
+  {form.rounded("mixed_flat", "mixed_rounded")}
   mixed_shape = Concat <axis = 0> (rest, n_heads, rank)
-  mixed = Reshape(mixed_latent, mixed_shape)
+  mixed = Reshape(mixed_rounded, mixed_shape)
   mixed_by_head = Transpose <perm = [1, 2, 0]> (mixed)
-  values = MatMul(w_uv, mixed_by_head)
+  {form.matrix("w_uv", "w_uv_scale", "uv")}
+  values = MatMul(uv, mixed_by_head)
   values_by_token = Transpose <perm = [2, 0, 1]> (values)
   y_shape = Concat <axis = 0> (lead, rest)
   y = Reshape(values_by_token, y_shape)
 """
+
+
+def _product(a: int | str | None, b: int | str | None) -> int | None:
+    return a * b if isinstance(a, int) and isinstance(b, int) else None
+
 
 OPERATOR = Operator(
     name="LatentAttention",
@@ -145,17 +268,17 @@ OPERATOR = Operator(
         ("q", "T", "[batch, seq, n_heads * (qk_nope_head_dim + qk_rope_head_dim)]"),
         ("kv", "T", "[batch, seq, kv_lora_rank + qk_rope_head_dim]: latent and key part as projected"),
         ("kv_norm", "tensor(float)", "[kv_lora_rank]: weight of the latent's RMSNorm"),
-        ("w_uk", "T", "[n_heads, qk_nope_head_dim, kv_lora_rank]: up-projection of the keys"),
+        ("w_uk", "T", "[n_heads, kv_lora_rank, qk_nope_head_dim]: up-projection of the keys, transposed"),
         ("w_uv", "T", "[n_heads, v_head_dim, kv_lora_rank]: up-projection of the values"),
         ("cos", "tensor(float)", "[batch, seq, qk_rope_head_dim / 2]: of the new tokens' positions"),
         ("sin", "tensor(float)", "[batch, seq, qk_rope_head_dim / 2]"),
-        ("past_kv", "T", "[slots, batch, capacity, kv_lora_rank + qk_rope_head_dim]"),
+        ("past_kv", "C", "[slots, batch, capacity, kv_lora_rank + qk_rope_head_dim]"),
         ("past_len", "tensor(int64)", "[batch]: valid rows of each sequence"),
         ("slot", "tensor(int64)", "[]: this layer's slot"),
     ),
     outputs=(
         ("y", "T", "[batch, seq, n_heads * v_head_dim]"),
-        ("new_kv", "T", "[batch, seq, kv_lora_rank + qk_rope_head_dim]: the new tokens' rows"),
+        ("new_kv", "C", "[batch, seq, kv_lora_rank + qk_rope_head_dim]: the new tokens' rows"),
     ),
     attributes={"scale": ("FLOAT", "factor of the scores"), "epsilon": ("FLOAT", "epsilon of the latent's RMSNorm")},
     torch_op=torch.ops.mythos.latent_attention.default,
@@ -163,9 +286,20 @@ OPERATOR = Operator(
         [*shapes[0][:2], _product(shapes[4][0], shapes[4][1])],
         list(shapes[1]),
     ],
-    body=BODY,
+    body=_body(FLOAT, int8=False),
 )
 
-
-def _product(a: int | str | None, b: int | str | None) -> int | None:
-    return a * b if isinstance(a, int) and isinstance(b, int) else None
+_WEIGHTS = ("w_uk", "w_uv")
+INT8_CACHE = with_int8_cache(OPERATOR, torch.ops.mythos.latent_attention_int8_cache.default, _body(FLOAT, int8=True))
+QUANTIZED = quantized(
+    OPERATOR,
+    torch.ops.mythos.quantized_latent_attention.default,
+    _body(QuantizedForm(), int8=False),
+    weights=_WEIGHTS,
+)
+QUANTIZED_INT8_CACHE = quantized(
+    INT8_CACHE,
+    torch.ops.mythos.quantized_latent_attention_int8_cache.default,
+    _body(QuantizedForm(), int8=True),
+    weights=_WEIGHTS,
+)

@@ -16,7 +16,17 @@ DOMAIN = "ai.mythos"
 DOMAIN_VERSION = 1
 OPSET = 21  # the first with blocked DequantizeLinear, which quantized bundles use
 
-FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+TYPES = {
+    "T": (FLOATS, "the dtype of the matrices"),
+    "X": (FLOATS, "float32, or the dtype of the matrices"),
+    "C": ([*FLOATS, "tensor(int8)"], "the dtype of the cache"),
+    "Q": (["tensor(int8)", "tensor(int4)"], "quantized weights"),
+    "P": (["tensor(int8)", "tensor(uint8)"], "quantized weights; uint8: int4, two a byte, the first in the low half"),
+    "S": (["tensor(float)", "tensor(float16)"], "scales of quantized weights"),
+}
+
+_ELEMENT_TYPES = {"tensor(float)": onnx.TensorProto.FLOAT, "tensor(int64)": onnx.TensorProto.INT64}
 
 Dim = int | str | None
 Shape = Sequence[Dim]
@@ -27,12 +37,17 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm (arXiv 1910.07467) over the last dimension, in the dtype of x (float32 where it matters)."""
+    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
+
+
 @dataclass(frozen=True)
 class Operator:
     """One operator of the domain: its torch op, its ONNX schema with shape inference, its portable body.
 
-    inputs and outputs are (name, type, description), the type "T" for the model's dtype or an ONNX type string.
-    infer_shapes maps the input shapes and the attributes to the output shapes; an unknown dimension is None.
+    inputs and outputs are (name, type, description), the type an ONNX type string or one of TYPES: "T", the matrices' dtype, and
+    so on. infer_shapes maps the input shapes and the attributes to the output shapes; an unknown dimension is None.
     body is the statements of the ONNX function, over the input names, defining the output names.
     """
 
@@ -55,7 +70,7 @@ class Operator:
             doc=self.doc,
             inputs=[parameter(name, kind, text) for name, kind, text in self.inputs],
             outputs=[parameter(name, kind, text) for name, kind, text in self.outputs],
-            type_constraints=[("T", list(FLOATS), "the model's dtype")],
+            type_constraints=[(kind, *TYPES[kind]) for kind in TYPES if kind in self._kinds],
             attributes=[
                 defs.OpSchema.Attribute(name, getattr(defs.OpSchema.AttrType, kind), text)
                 for name, (kind, text) in self.attributes.items()
@@ -64,22 +79,27 @@ class Operator:
         schema.set_type_and_shape_inference_function(self._infer)
         return schema
 
+    @property
+    def _kinds(self) -> set[str]:
+        return {kind for _, kind, _ in (*self.inputs, *self.outputs)}
+
     def _infer(self, context: Any) -> None:
         types = [context.get_input_type(i) for i in range(context.get_num_inputs())]
-        model_type = next(
-            (kind for kind, (_, spec, _) in zip(types, self.inputs, strict=True) if spec == "T" and kind is not None),
-            None,
-        )
-        if model_type is None or any(kind is None or not kind.tensor_type.HasField("shape") for kind in types):
+        if any(kind is None or not kind.tensor_type.HasField("shape") for kind in types):
             return
+        known = {
+            spec: kind.tensor_type.elem_type
+            for kind, (_, spec, _) in zip(types, self.inputs, strict=True)
+            if spec in TYPES
+        }
         attributes = {
             name: onnx.helper.get_attribute_value(context.get_attribute(name))
             for name in self.attributes
             if context.get_attribute(name) is not None
         }
         shapes = self.infer_shapes([_dims(kind) for kind in types], attributes)
-        for index, shape in enumerate(shapes):
-            elem_type = model_type.tensor_type.elem_type
+        for index, (shape, (_, spec, _)) in enumerate(zip(shapes, self.outputs, strict=True)):
+            elem_type = known[spec] if spec in TYPES else _ELEMENT_TYPES[spec]
             context.set_output_type(index, onnx.helper.make_tensor_type_proto(elem_type, list(shape)))
 
     @cached_property
@@ -87,9 +107,10 @@ class Operator:
         """The portable body as a function of standard operators, carried inside every model file."""
         inputs = ", ".join(name for name, _, _ in self.inputs)
         outputs = ", ".join(name for name, _, _ in self.outputs)
+        attributes = f"<{', '.join(self.attributes)}> " if self.attributes else ""
         function = parser.parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n'
-            f"{self.name} <{', '.join(self.attributes)}> ({inputs}) => ({outputs}) {{{self.body}}}"
+            f"{self.name} {attributes}({inputs}) => ({outputs}) {{{self.body}}}"
         )
         function.doc_string = self.doc
         return function

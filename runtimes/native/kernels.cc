@@ -2,14 +2,16 @@
 // function compiled for a newer processor must never be the copy that the linker keeps for all.
 #include "kernels.h"
 
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "hwy/contrib/math/math-inl.h"
 
 // Highway silently takes the best target that all compiler flags allow; a table must be what its name says.
+#define MYTHOS_TARGET_avx512_vnni HWY_AVX3_DL
 #define MYTHOS_TARGET_avx512 HWY_AVX3
 #define MYTHOS_TARGET_avx2 HWY_AVX2
+#define MYTHOS_TARGET_neon_dotprod HWY_NEON_WITHOUT_AES
 #define MYTHOS_TARGET_neon HWY_NEON_WITHOUT_AES
-#define MYTHOS_TARGET_scalar HWY_SCALAR
 #define MYTHOS_TARGET_OF_(name) MYTHOS_TARGET_##name
 #define MYTHOS_TARGET_OF(name) MYTHOS_TARGET_OF_(name)
 static_assert(HWY_TARGET == MYTHOS_TARGET_OF(MYTHOS_KERNELS), "the compiler flags do not give the instruction set asked for");
@@ -26,10 +28,9 @@ using V = hn::Vec<D>;
 constexpr D d;
 constexpr size_t kLanes = hn::MaxLanes(d);
 // Tiles that keep accumulators and operands in registers: 32 of them with AVX-512 and NEON, 16 with AVX2.
-constexpr size_t kTileM = (HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SCALAR) ? 2 : 4;
+constexpr size_t kTileM = HWY_TARGET == HWY_AVX2 ? 2 : 4;
 constexpr size_t kTileN = 4;
 
-#if HWY_TARGET != HWY_SCALAR
 // The sums of four vectors' lanes, side by side: three shuffled additions instead of four full reductions.
 HWY_INLINE void StoreSums(V a, V b, V c, V e, float* HWY_RESTRICT y) {
   const hn::Repartition<double, D> wide;
@@ -44,9 +45,6 @@ HWY_INLINE void StoreSums(V a, V b, V c, V e, float* HWY_RESTRICT y) {
   for (size_t at = 4; at < kLanes; at += 4) sum = hn::Add(sum, hn::Load(four, blocks + at));
   hn::StoreU(sum, four, y);
 }
-#else
-HWY_INLINE void StoreSums(V, V, V, V, float*) {}
-#endif
 
 // M x N dot products of length k, whole tiles only.
 template <size_t M, size_t N>
@@ -73,7 +71,7 @@ HWY_INLINE void DotTile(const float* HWY_RESTRICT x, size_t ldx, const float* HW
     }
   }
   for (size_t i = 0; i < M; ++i) {
-    if constexpr (N == 4 && kLanes >= 4) {
+    if constexpr (N == 4) {
       StoreSums(acc[i][0], acc[i][1], acc[i][2], acc[i][3], y + i * ldy);
     } else {
       for (size_t j = 0; j < N; ++j) y[i * ldy + j] = hn::ReduceSum(d, acc[i][j]);
@@ -198,7 +196,7 @@ void Axpy(float* y, const float* x, float factor, size_t n) {
   for (; i < n; ++i) y[i] += factor * x[i];
 }
 
-float SumOfSquares(const float* x, size_t n) {
+void RmsNorm(const float* x, const float* weight, size_t n, float epsilon, float* out) {
   V total = hn::Zero(d);
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -207,7 +205,33 @@ float SumOfSquares(const float* x, size_t n) {
   }
   float sum = hn::ReduceSum(d, total);
   for (; i < n; ++i) sum += x[i] * x[i];
-  return sum;
+  const float mean = sum / static_cast<float>(n) + epsilon;
+  const float inverse = 1.0f / hn::GetLane(hn::Sqrt(hn::Set(d, mean)));
+  const V factor = hn::Set(d, inverse);
+  for (i = 0; i + kLanes <= n; i += kLanes)
+    hn::StoreU(hn::Mul(hn::Mul(hn::LoadU(d, x + i), factor), hn::LoadU(d, weight + i)), d, out + i);
+  for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+template <typename T, typename Load>
+HWY_INLINE void WidenOf(const T* from, size_t n, float* out, const Load& load) {
+  const hn::Rebind<T, D> narrow;
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(load(hn::LoadU(narrow, from + i)), d, out + i);
+  if (i < n) hn::StoreN(load(hn::LoadN(narrow, from + i, n - i)), d, out + i, n - i);
+}
+
+void Widen(CacheType type, const void* from, size_t n, float scale, float* out) {
+  if (type == CacheType::kFloat16) {
+    WidenOf(static_cast<const hwy::float16_t*>(from), n, out, [](auto v) HWY_ATTR { return hn::PromoteTo(d, v); });
+  } else if (type == CacheType::kBFloat16) {
+    WidenOf(static_cast<const hwy::bfloat16_t*>(from), n, out, [](auto v) HWY_ATTR { return hn::PromoteTo(d, v); });
+  } else {
+    const V factor = hn::Set(d, scale);
+    WidenOf(static_cast<const int8_t*>(from), n, out, [factor](auto v) HWY_ATTR {
+      return hn::Mul(factor, hn::ConvertTo(d, hn::PromoteTo(hn::RebindToSigned<D>(), v)));
+    });
+  }
 }
 
 constexpr size_t kVectors = kPanel / kLanes;  // a panel row
@@ -238,6 +262,8 @@ void MatMulPanel(const float* a, size_t row_stride, size_t k_stride, size_t rows
   for (; r < rows; ++r) PanelRows<1>(a + r * row_stride, row_stride, k_stride, k, b, y + r * kPanel);
 }
 
+#include "kernels_quantized-inl.h"
+
 }  // namespace
 }  // namespace HWY_NAMESPACE
 
@@ -245,9 +271,22 @@ void MatMulPanel(const float* a, size_t row_stride, size_t k_stride, size_t rows
 #define MYTHOS_STRING(name) MYTHOS_STRING_(name)
 extern const Kernels MYTHOS_KERNELS;
 const Kernels MYTHOS_KERNELS = {
-    MYTHOS_STRING(MYTHOS_KERNELS), HWY_NAMESPACE::MatMulNT,           HWY_NAMESPACE::MatMulNN,
-    HWY_NAMESPACE::SwigluRow,      HWY_NAMESPACE::OnlineSoftmax,      HWY_NAMESPACE::Scale,
-    HWY_NAMESPACE::Axpy,           HWY_NAMESPACE::SumOfSquares,       HWY_NAMESPACE::MatMulPanel,
+    MYTHOS_STRING(MYTHOS_KERNELS),
+    HWY_NAMESPACE::MatMulNT,
+    HWY_NAMESPACE::MatMulNN,
+    HWY_NAMESPACE::MatMulPanel,
+    HWY_NAMESPACE::Quantize,
+    HWY_NAMESPACE::PackRow,
+    HWY_NAMESPACE::MatMulQuantized,
+    HWY_NAMESPACE::MatMulQuantizedPanels,
+    HWY_NAMESPACE::IsBiased,
+    HWY_NAMESPACE::Dequantize,
+    HWY_NAMESPACE::Widen,
+    HWY_NAMESPACE::SwigluRow,
+    HWY_NAMESPACE::OnlineSoftmax,
+    HWY_NAMESPACE::Scale,
+    HWY_NAMESPACE::Axpy,
+    HWY_NAMESPACE::RmsNorm,
 };
 
 }  // namespace mythos

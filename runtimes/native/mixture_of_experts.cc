@@ -1,41 +1,38 @@
-// Routed SwiGLU experts: tokens grouped by expert, only chosen experts read, work cut by rows of their matrices.
+// Routed and shared SwiGLU experts: tokens grouped by expert, only chosen experts read, work cut by rows of their matrices.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <numeric>
 #include <vector>
 
 #include "operators.h"
-#include "scratch.h"
+#include "swiglu.h"
 
 namespace mythos {
 namespace {
 
-// One chosen expert: its tokens stand at pairs [first, first + count) of the routing.
-struct Chosen {
+// An expert with work to do: its tokens stand at pairs [first, first + count) of the routing, a shared expert's are all.
+struct Busy {
   size_t expert, first, count;
+  bool shared;
 };
 
 struct Routing {
-  std::vector<Chosen> experts;
-  std::vector<size_t> token;   // of each pair, grouped by expert
-  std::vector<float> weight;   // of each pair
+  std::vector<Busy> experts;
+  std::vector<size_t> token;  // of each pair, grouped by expert
+  std::vector<float> weight;  // of each pair
+
+  size_t TokenOf(const Busy& busy, size_t i) const { return busy.shared ? i : token[busy.first + i]; }
+  float WeightOf(const Busy& busy, size_t i) const { return busy.shared ? 1.0f : weight[busy.first + i]; }
 };
 
-// Biased choice, weights by the softmax of the unbiased logits of the chosen (arXiv 2401.06066, 2408.15664).
-Routing Route(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& parallel) {
-  Scratch logits(a.tokens * a.n_experts);
-  std::fill_n(logits.get(), a.tokens * a.n_experts, 0.0f);
-  constexpr size_t kTile = 16;
-  ForEach(parallel, CeilDiv(a.tokens, kTile), [&](size_t tile) {
-    const size_t t0 = tile * kTile, m = std::min(kTile, a.tokens - t0);
-    k.matmul_nn(a.x + t0 * a.dim, a.dim, m, a.router, a.n_experts, a.dim, a.n_experts, logits.get() + t0 * a.n_experts,
-                a.n_experts);
-  });
-  std::vector<size_t> expert(a.tokens * a.top_k), order(a.n_experts), count(a.n_experts + 1, 0);
+// Biased choice, weights by the softmax of the unbiased logits of the chosen (arXiv 2401.06066, 2408.15664). logits [T, E].
+Routing Route(const MixtureOfExpertsArgs& a, const float* logits) {
+  std::vector<size_t> expert(a.tokens * a.top_k), order(a.n_routed), count(a.n_routed + 1, 0);
   std::vector<float> weight(a.tokens * a.top_k);
   for (size_t t = 0; t < a.tokens; ++t) {
-    const float* row = logits.get() + t * a.n_experts;
+    const float* row = logits + t * a.n_routed;
     std::iota(order.begin(), order.end(), size_t{0});
     std::partial_sort(order.begin(), order.begin() + a.top_k, order.end(), [&](size_t i, size_t j) {
       const float left = row[i] + a.router_bias[i], right = row[j] + a.router_bias[j];
@@ -54,8 +51,9 @@ Routing Route(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& p
   routing.token.resize(expert.size());
   routing.weight.resize(expert.size());
   std::partial_sum(count.begin(), count.end(), count.begin());
-  for (size_t e = 0; e < a.n_experts; ++e)
-    if (count[e + 1] > count[e]) routing.experts.push_back({e, count[e], count[e + 1] - count[e]});
+  for (size_t e = 0; e < a.n_routed; ++e)
+    if (count[e + 1] > count[e]) routing.experts.push_back({e, count[e], count[e + 1] - count[e], false});
+  for (size_t e = 0; e < a.n_shared; ++e) routing.experts.push_back({a.n_routed + e, 0, a.tokens, true});
   for (size_t pair = 0; pair < expert.size(); ++pair) {
     const size_t at = count[expert[pair]]++;
     routing.token[at] = pair / a.top_k;
@@ -64,89 +62,74 @@ Routing Route(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& p
   return routing;
 }
 
-constexpr size_t kRows = 48;       // rows of a matrix a task
-constexpr size_t kFewTokens = 5;   // of an expert: below this, dot products beat panels that are mostly empty
-
-void AddWeighted(const MixtureOfExpertsArgs& a, const Routing& routing, size_t pair, const float* out, size_t stride,
-                 size_t d0, size_t n) {
-  float* y = a.y + routing.token[pair] * a.dim + d0;
-  for (size_t i = 0; i < n; ++i) y[i] += routing.weight[pair] * out[i * stride];
-}
-
-// One expert's tokens: in rows [count][n] where they are few, in panels [count / kPanel][n][kPanel] where they are many.
-struct Layout {
-  bool panels;
-  size_t count, lanes;  // lanes: count, or what whole panels hold
-  explicit Layout(size_t tokens)
-      : panels(tokens >= kFewTokens), count(tokens), lanes(panels ? CeilDiv(tokens, kPanel) * kPanel : tokens) {}
-};
-
-// out = x · rows(w)^T for one expert, rows [n][k] of w; out laid out as x.
-void Multiply(const Layout& layout, const float* x, const float* w, size_t n, size_t k, float* out, const Kernels& kernels) {
-  if (!layout.panels) {
-    kernels.matmul_nt(x, k, layout.count, w, k, n, k, out, n);
-    return;
-  }
-  std::fill_n(out, layout.lanes * n, 0.0f);
-  for (size_t panel = 0; panel < layout.lanes / kPanel; ++panel)
-    kernels.matmul_panel(w, k, 1, n, k, x + panel * k * kPanel, out + panel * n * kPanel);
-}
-
 }  // namespace
 
 void MixtureOfExperts(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& parallel) {
-  const Routing routing = Route(a, k, parallel);
-  const size_t n_chosen = routing.experts.size();
-  std::vector<size_t> start(n_chosen + 1, 0);  // lanes before each chosen expert
-  for (size_t c = 0; c < n_chosen; ++c) start[c + 1] = start[c] + Layout(routing.experts[c].count).lanes;
-  Scratch gathered(start[n_chosen] * a.dim), activated(start[n_chosen] * a.expert_dim);
+  const size_t dim = a.down.n, hidden = a.down.k;
+  Scratch normed(a.tokens * dim), logits(a.tokens * a.n_routed);
+  Activations for_router(a.tokens, a.router, k), all(a.tokens, a.gate_up, k);
+  ForEach(parallel, all.groups(), [&](size_t group) {
+    for (size_t t = group * kPanel; t < std::min(a.tokens, (group + 1) * kPanel); ++t)
+      k.rms_norm(a.x + t * dim, a.norm, dim, a.epsilon, normed.get() + t * dim);
+    const auto get = [&](size_t token, float*) { return normed.get() + token * dim; };
+    for_router.Fill(group, get);
+    all.Fill(group, get);
+  });
+  ForProducts(for_router, a.router, parallel, [&](size_t token, size_t first, size_t n, const float* values, size_t stride) {
+    for (size_t i = 0; i < n; ++i) logits.get()[token * a.n_routed + first + i] = values[i * stride];
+  });
+  const Routing routing = Route(a, logits.get());
 
-  ForEach(parallel, n_chosen, [&](size_t c) {
-    const Chosen& chosen = routing.experts[c];
-    const Layout layout(chosen.count);
-    float* x = gathered.get() + start[c] * a.dim;
-    if (layout.panels) std::fill_n(x, layout.lanes * a.dim, 0.0f);
-    for (size_t i = 0; i < chosen.count; ++i) {
-      const float* token = a.x + routing.token[chosen.first + i] * a.dim;
-      if (!layout.panels) {
-        std::memcpy(x + i * a.dim, token, a.dim * sizeof(float));
-        continue;
-      }
-      float* lane = x + i / kPanel * a.dim * kPanel + i % kPanel;
-      for (size_t at = 0; at < a.dim; ++at) lane[at * kPanel] = token[at];
-    }
+  // Every busy expert's tokens; a single token is the same for all.
+  const size_t n_busy = routing.experts.size();
+  std::deque<Activations> gathered;
+  std::vector<Activations*> inputs(n_busy, &all);
+  std::vector<size_t> start(n_busy + 1, 0);  // rows of `activated` before each expert's
+  for (size_t i = 0; i < n_busy; ++i) {
+    const Busy& busy = routing.experts[i];
+    start[i + 1] = start[i] + busy.count;
+    if (!busy.shared && a.tokens > 1) inputs[i] = &gathered.emplace_back(busy.count, a.gate_up, k);
+  }
+  if (!gathered.empty())
+    ForEach(parallel, n_busy, [&](size_t i) {
+      const Busy& busy = routing.experts[i];
+      if (inputs[i] == &all) return;
+      for (size_t group = 0; group < inputs[i]->groups(); ++group)
+        inputs[i]->Fill(group, [&](size_t j, float*) { return normed.get() + routing.TokenOf(busy, j) * dim; });
+    });
+
+  Scratch activated(start[n_busy] * hidden);
+  const size_t rows = RowsATask(a.gate_up, a.tokens), pieces = CeilDiv(hidden, rows);
+  ForEach(parallel, n_busy * pieces, [&](size_t task) {
+    const size_t i = task / pieces, first = task % pieces * rows;
+    Swiglu(*inputs[i], a.gate_up.At(routing.experts[i].expert), first, std::min(rows, hidden - first), k,
+           activated.get() + start[i] * hidden);
   });
 
-  const size_t blocks = CeilDiv(a.expert_dim, kRows);
-  ForEach(parallel, n_chosen * blocks, [&](size_t task) {
-    const size_t c = task / blocks, f0 = task % blocks * kRows, n = std::min(kRows, a.expert_dim - f0);
-    const Layout layout(routing.experts[c].count);
-    const float* gate = a.gate_up + (routing.experts[c].expert * 2 * a.expert_dim + f0) * a.dim;
-    const float* x = gathered.get() + start[c] * a.dim;
-    float* out = activated.get() + start[c] * a.expert_dim;
-    Scratch scratch(2 * layout.lanes * n);
-    float* gates = scratch.get();
-    float* ups = gates + layout.lanes * n;
-    Multiply(layout, x, gate, n, a.dim, gates, k);
-    Multiply(layout, x, gate + a.expert_dim * a.dim, n, a.dim, ups, k);
-    // The task's channels f0 … f0 + n of every token, or of every panel.
-    const size_t pieces = layout.panels ? layout.lanes / kPanel : layout.count, lanes = layout.panels ? kPanel : 1;
-    for (size_t piece = 0; piece < pieces; ++piece)
-      k.swiglu(gates + piece * n * lanes, ups + piece * n * lanes, n * lanes, out + (piece * a.expert_dim + f0) * lanes);
-  });
-
-  ForEach(parallel, CeilDiv(a.dim, kRows), [&](size_t task) {
-    const size_t d0 = task * kRows, n = std::min(kRows, a.dim - d0);  // output channels that this task owns for every token
-    for (size_t t = 0; t < a.tokens; ++t) std::fill_n(a.y + t * a.dim + d0, n, 0.0f);
-    for (size_t c = 0; c < n_chosen; ++c) {
-      const Chosen& chosen = routing.experts[c];
-      const Layout layout(chosen.count);
-      Scratch out(layout.lanes * n);
-      Multiply(layout, activated.get() + start[c] * a.expert_dim, a.down + (chosen.expert * a.dim + d0) * a.expert_dim, n,
-               a.expert_dim, out.get(), k);
-      for (size_t i = 0; i < chosen.count; ++i) {
-        const float* lane = layout.panels ? out.get() + i / kPanel * n * kPanel + i % kPanel : out.get() + i * n;
-        AddWeighted(a, routing, chosen.first + i, lane, layout.panels ? kPanel : 1, d0, n);
+  std::deque<Activations> inner;
+  for (const Busy& busy : routing.experts) inner.emplace_back(busy.count, a.down, k);
+  const auto fill_inner = [&](size_t i) {
+    for (size_t group = 0; group < inner[i].groups(); ++group)
+      inner[i].Fill(group, [&](size_t j, float*) { return activated.get() + (start[i] + j) * hidden; });
+  };
+  if (a.tokens == 1) {  // not worth another round of the threads
+    for (size_t i = 0; i < n_busy; ++i) fill_inner(i);
+  } else {
+    ForEach(parallel, n_busy, fill_inner);
+  }
+  const size_t down_rows = RowsATask(a.down, a.tokens);
+  ForEach(parallel, CeilDiv(dim, down_rows), [&](size_t task) {
+    const size_t first = task * down_rows, n = std::min(down_rows, dim - first);  // output channels of this task alone
+    for (size_t t = 0; t < a.tokens; ++t) std::memcpy(a.y + t * dim + first, a.x + t * dim + first, n * sizeof(float));
+    for (size_t i = 0; i < n_busy; ++i) {
+      const Busy& busy = routing.experts[i];
+      Scratch out(inner[i].lanes() * n);
+      inner[i].Multiply(a.down.At(busy.expert), first, n, out.get());
+      for (size_t j = 0; j < busy.count; ++j) {
+        const float* values = inner[i].Result(out.get(), n, j);
+        const float weight = routing.WeightOf(busy, j);
+        float* y = a.y + routing.TokenOf(busy, j) * dim + first;
+        for (size_t c = 0; c < n; ++c) y[c] += weight * values[c * inner[i].stride()];
       }
     }
   });

@@ -1,4 +1,4 @@
-// Memory for one call, aligned for any vector.
+// Memory for one call, and the host's threads.
 #pragma once
 #include <cstddef>
 #include <cstdlib>
@@ -6,6 +6,13 @@
 
 namespace mythos {
 
+// Runs task(0) … task(n - 1), in any order, on whatever threads the host has.
+struct Parallel {
+  void* host;
+  void (*run)(void* host, void (*task)(void* data, size_t index), size_t n, void* data);
+};
+
+// Floats, aligned for any vector.
 class Scratch {
  public:
   explicit Scratch(size_t floats)

@@ -1,0 +1,231 @@
+"""Products with weight matrices, in torch and as ONNX statements: as floats, or block-quantized.
+
+A quantized matrix [..., O, I] is stored as integers with a scale for every block of block_size input channels, symmetric:
+int8, or int4 two a byte, the first in the low half, in two's complement. With activation_bits 8 its input is rounded to 8 bits,
+a scale for every block of every token, as integer kernels do; with 32 it is not.
+
+Shape letters: T tokens, I input and O output channels, b blocks of the input channels, E any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mythos_export.ops.operator import Operator, Shape, wide
+
+SMALLEST = 1e-30  # a block of nothing larger is zero
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """uint8 [E, O, I/2] -> int8 [E, O, I]: the low half of each byte first, both in two's complement."""
+    pair = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    return ((pair ^ 8).to(torch.int16) - 8).to(torch.int8)
+
+
+def dequantize(weight: Tensor, scale: Tensor, block_size: int) -> Tensor:
+    """int8 or packed int4 weights and scales [E, O, b] -> float32 [E, O, I] (float64 where the scales are)."""
+    integers = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
+    weights: Tensor = integers * wide(scale).repeat_interleave(block_size, -1)[..., : integers.shape[-1]]
+    return weights
+
+
+def round_activations(x: Tensor, block_size: int, activation_bits: int) -> Tensor:
+    """x [..., I] as the integer kernels see it: the nearest of 255 levels of each block's largest magnitude, ties to even."""
+    if activation_bits != 8:
+        return x
+    channels = x.shape[-1]
+    blocks = F.pad(x, (0, -channels % block_size)).unflatten(-1, (-1, block_size))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > SMALLEST, 127.0 / largest, 0.0)
+    return ((blocks * inverse).round() * (largest / 127.0)).flatten(-2)[..., :channels]
+
+
+class FloatForm:
+    """How an operator's body multiplies with its matrices: as they are."""
+
+    def product(self, x: str, weight: str, y: str) -> str:
+        """y [T, O] = x [T, I] · weight [O, I]^T. The matrix stands on the left: no transposed copy of it is ever made."""
+        return f"""
+  {y}_in = Transpose <perm = [1, 0]> ({x})
+  {y}_out = MatMul({weight}, {y}_in)
+  {y} = Transpose <perm = [1, 0]> ({y}_out)
+"""
+
+    def matrix(self, weight: str, scale: str, out: str) -> str:
+        """out: the matrix as floats."""
+        return f"  {out} = Identity({weight})\n"
+
+    def rounded(self, x: str, out: str) -> str:
+        """out [T, I]: x as a product with one of the matrices sees it."""
+        return f"  {out} = Identity({x})\n"
+
+
+@dataclass(frozen=True)
+class QuantizedForm(FloatForm):
+    """The same with block-quantized matrices; each has its scales in an input NAME_scale. packed: int4 comes as uint8."""
+
+    packed: bool = False
+
+    def product(self, x: str, weight: str, y: str) -> str:
+        return (
+            self.rounded(x, f"{y}_rounded")
+            + self.matrix(weight, f"{weight}_scale", f"{y}_weight")
+            + FloatForm.product(self, f"{y}_rounded", f"{y}_weight", y)
+        )
+
+    def matrix(self, weight: str, scale: str, out: str) -> str:
+        unpack = _UNPACK.format(weight=weight, out=out) if self.packed else f"  {out}_int = Identity({weight})"
+        return f"""{unpack}
+  {out}_scale = Cast <to = 1> ({scale})
+  {out} = DequantizeLinear <axis = -1, block_size: int = @block_size> ({out}_int, {out}_scale)
+"""
+
+    def rounded(self, x: str, out: str) -> str:
+        return _ROUND.format(x=x, out=out)
+
+
+FLOAT = FloatForm()
+
+# {out}_int int8 [E, O, I] from int8, or from uint8 [E, O, I/2] where bits is 4.
+_UNPACK = """
+  {out}_bits = Constant <value_int: int = @bits> ()
+  {out}_four = Constant <value_int = 4> ()
+  {out}_is_four = Equal({out}_bits, {out}_four)
+  {out}_int = If ({out}_is_four) <
+    then_branch = unpack () => ({out}_unpacked) {{
+      {out}_bytes = Cast <to = 2> ({weight})
+      {out}_15 = Constant <value = uint8 {{15}}> ()
+      {out}_4 = Constant <value = uint8 {{4}}> ()
+      {out}_8 = Constant <value = uint8 {{8}}> ()
+      {out}_8s = Constant <value = int8 {{8}}> ()
+      {out}_last = Constant <value_ints = [-1]> ()
+      {out}_low = BitwiseAnd({out}_bytes, {out}_15)
+      {out}_high = BitShift <direction = "RIGHT"> ({out}_bytes, {out}_4)
+      {out}_low_1 = Unsqueeze({out}_low, {out}_last)
+      {out}_high_1 = Unsqueeze({out}_high, {out}_last)
+      {out}_pair = Concat <axis = -1> ({out}_low_1, {out}_high_1)
+      {out}_lead = Shape <end = -1> ({out}_bytes)
+      {out}_shape = Concat <axis = 0> ({out}_lead, {out}_last)
+      {out}_flat = Reshape({out}_pair, {out}_shape)
+      {out}_turned = BitwiseXor({out}_flat, {out}_8)
+      {out}_signed = Cast <to = 3> ({out}_turned)
+      {out}_unpacked = Sub({out}_signed, {out}_8s)
+    }},
+    else_branch = keep () => ({out}_kept) {{
+      {out}_kept = Cast <to = 3> ({weight})
+    }}>
+"""
+
+# {out} [T, I]: x rounded to 8 bits a block where activation_bits is 8.
+_ROUND = f"""
+  {{out}}_bits = Constant <value_int: int = @activation_bits> ()
+  {{out}}_eight = Constant <value_int = 8> ()
+  {{out}}_is_eight = Equal({{out}}_bits, {{out}}_eight)
+  {{out}} = If ({{out}}_is_eight) <
+    then_branch = round () => ({{out}}_used) {{{{
+      {{out}}_block = Constant <value_int: int = @block_size> ()
+      {{out}}_axis0 = Constant <value_ints = [0]> ()
+      {{out}}_axis1 = Constant <value_ints = [1]> ()
+      {{out}}_last = Constant <value_ints = [-1]> ()
+      {{out}}_block_1 = Unsqueeze({{out}}_block, {{out}}_axis0)
+      {{out}}_k = Shape <start = 1, end = 2> ({{x}})
+      {{out}}_minus_k = Neg({{out}}_k)
+      {{out}}_pad = Mod({{out}}_minus_k, {{out}}_block_1)
+      {{out}}_pads = Concat <axis = 0> ({{out}}_axis0, {{out}}_axis0, {{out}}_axis0, {{out}}_pad)
+      {{out}}_padded = Pad({{x}}, {{out}}_pads)
+      {{out}}_blocks_shape = Concat <axis = 0> ({{out}}_axis0, {{out}}_last, {{out}}_block_1)
+      {{out}}_blocks = Reshape({{out}}_padded, {{out}}_blocks_shape)
+      {{out}}_size = Abs({{out}}_blocks)
+      {{out}}_largest = ReduceMax <keepdims = 1> ({{out}}_size, {{out}}_last)
+      {{out}}_127 = Constant <value_float = 127.0> ()
+      {{out}}_none = Constant <value_float = 0.0> ()
+      {{out}}_least = Constant <value_float = {SMALLEST}> ()
+      {{out}}_scale = Div({{out}}_largest, {{out}}_127)
+      {{out}}_any = Greater({{out}}_largest, {{out}}_least)
+      {{out}}_ratio = Div({{out}}_127, {{out}}_largest)
+      {{out}}_inverse = Where({{out}}_any, {{out}}_ratio, {{out}}_none)
+      {{out}}_scaled = Mul({{out}}_blocks, {{out}}_inverse)
+      {{out}}_levels = Round({{out}}_scaled)
+      {{out}}_values = Mul({{out}}_levels, {{out}}_scale)
+      {{out}}_flat_shape = Concat <axis = 0> ({{out}}_axis0, {{out}}_last)
+      {{out}}_flat = Reshape({{out}}_values, {{out}}_flat_shape)
+      {{out}}_used = Slice({{out}}_flat, {{out}}_axis0, {{out}}_k, {{out}}_axis1)
+    }}}},
+    else_branch = pass () => ({{out}}_same) {{{{
+      {{out}}_same = Identity({{x}})
+    }}}}>
+"""
+
+
+def rms_norm_text(x: str, weight: str, y: str) -> str:
+    """y = RMSNorm of x by the attribute epsilon, in float32: written with a division, the form onnxruntime fuses into one node."""
+    return f"""
+  {y}_f = Cast <to = 1> ({x})
+  {y}_two = Constant <value_float = 2.0> ()
+  {y}_last = Constant <value_ints = [-1]> ()
+  {y}_squared = Pow({y}_f, {y}_two)
+  {y}_mean = ReduceMean <keepdims = 1> ({y}_squared, {y}_last)
+  {y}_epsilon = Constant <value_float: float = @epsilon> ()
+  {y}_biased = Add({y}_mean, {y}_epsilon)
+  {y}_rms = Sqrt({y}_biased)
+  {y}_unit = Div({y}_f, {y}_rms)
+  {y} = Mul({y}_unit, {weight})
+"""
+
+
+def flat_text(x: str, flat: str) -> str:
+    """flat [T, last dimension of x]."""
+    return f"""
+  {flat}_rest = Constant <value_ints = [-1]> ()
+  {flat}_channels = Shape <start = -1> ({x})
+  {flat}_shape = Concat <axis = 0> ({flat}_rest, {flat}_channels)
+  {flat} = Reshape({x}, {flat}_shape)
+"""
+
+
+def quantized(
+    operator: Operator, torch_op: object, body: str, weights: tuple[str, ...], packed: bool = False
+) -> Operator:
+    """The operator's quantized form: Quantized…, each of its `weights` followed by NAME_scale. packed: int4 comes as uint8."""
+
+    def with_scales(items: tuple[tuple[str, str, str], ...]) -> tuple[tuple[str, str, str], ...]:
+        out: list[tuple[str, str, str]] = []
+        for name, kind, text in items:
+            if name not in weights:
+                out.append((name, {"T": "tensor(float)", "X": "tensor(float)"}.get(kind, kind), text))
+                continue
+            out.append((name, "P" if packed else "Q", f"{text}; int8 or int4"))
+            out.append((f"{name}_scale", "S", f"a scale for every block of input channels of {name}"))
+        return tuple(out)
+
+    names = [name for name, _, _ in with_scales(operator.inputs)]
+    plain = [names.index(name) for name, _, _ in operator.inputs]
+
+    def infer_shapes(shapes: list[Shape], attributes: dict[str, object]) -> list[Shape]:
+        return operator.infer_shapes([shapes[i] for i in plain], attributes)
+
+    form = {"bits": ("INT", "4 where the weights are packed uint8, else 8")} if packed else {}
+    return replace(
+        operator,
+        name=f"Quantized{operator.name}",
+        doc=f"{operator.doc} Weights are block-quantized.",
+        inputs=with_scales(operator.inputs),
+        outputs=with_scales(operator.outputs),
+        attributes={
+            **operator.attributes,
+            **form,
+            "block_size": ("INT", "input channels a scale: 32, 64 or 128"),
+            "activation_bits": ("INT", "8: inputs of products are rounded to 8 bits a block; 32: they are not"),
+        },
+        torch_op=torch_op,
+        infer_shapes=infer_shapes,
+        body=body,
+    )
+
+
+Body = Callable[[FloatForm], str]

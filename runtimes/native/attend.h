@@ -1,0 +1,88 @@
+// Online softmax over cached rows (arXiv 1805.02867, 2205.14135), for whatever keys and values the rows hold.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace mythos {
+
+constexpr size_t kRowBlock = 64;   // cached rows a step of the online softmax
+constexpr size_t kTokenTile = 16;  // prefill: tokens of one head that pass over the rows together
+constexpr size_t kHeadTile = 4;    // decode: heads of one token that do, where the cache is short
+
+// RoPE (arXiv 2104.09864), pairs half a head apart: out may be in.
+void Rotate(const float* in, const float* cos, const float* sin, size_t half, float* out);
+
+// A run of rows of one sequence: keys and values start at these channels of each row. scales: of int8 rows, one a row.
+struct Rows {
+  CacheType type;
+  const void* data;
+  const float* scales;
+  size_t width, keys_at, values_at, count;
+  const char* row(size_t r) const { return static_cast<const char*>(data) + r * width * SizeOf(type); }
+  Rows From(size_t first, size_t n) const {
+    return {type, row(first), scales == nullptr ? nullptr : scales + first, width, keys_at, values_at, n};
+  }
+};
+
+// One layer's slot of the cache: [B, C, W], its scales [B, C].
+struct Cache {
+  CacheType type;
+  const void* data;
+  const float* scales;  // int8 only
+  // The first `count` rows of sequence b.
+  Rows Sequence(size_t b, size_t capacity, size_t width, size_t count, size_t keys_at, size_t values_at) const {
+    return Rows{type, data, scales, width, keys_at, values_at, 0}.From(b * capacity, count);
+  }
+};
+
+// Where the rows of new tokens go: [T, W], their scales [T].
+struct NewRows {
+  CacheType type;
+  void* data;
+  float* scales;  // int8 only
+  // Stores row t and leaves in `row` what a reader of the cache will see.
+  void Store(size_t t, float* row, size_t width, const Kernels& k) const;
+};
+
+// m queries [m, key_dim]; query i sees rows [from[i], to[i]). acc [m, value_dim] and state [m] go on from before.
+struct Queries {
+  const float* values;
+  size_t m, key_dim, value_dim;
+  const size_t* from;
+  const size_t* to;
+  float* acc;
+  SoftmaxRow* state;
+};
+
+// Nothing seen yet.
+void Start(SoftmaxRow* state, float* acc, size_t m, size_t value_dim);
+
+// Lets the queries see rows.
+void Attend(const Queries& q, const Rows& rows, const Kernels& k);
+
+// How the work of one operator call is cut: prefill by tokens of one head, decode by heads of one token.
+struct Cut {
+  size_t tokens, heads, token_tiles, head_tiles;
+  Cut(size_t seq, size_t n_heads);
+};
+
+// Decode over a long cache: its rows are cut into splits, which all heads that share the rows attend to at once.
+struct Splits {
+  size_t rows, most;
+  // Only where each sequence has one new token and a cache of some length: any() tells.
+  Splits(size_t seq, size_t batch, const int64_t* past_len);
+  bool any() const { return most > 0; }
+};
+
+// Attends to past rows split by split. There are `units` groups of m queries [units, m, key_dim] that share their rows;
+// rows_of(unit) gives all of them, first_of(unit) the first that may be seen. Fills states [units, m], acc [units, m, value_dim].
+void AttendSplits(const Splits& splits, size_t units, size_t m, size_t key_dim, size_t value_dim, const float* queries,
+                  const std::function<Rows(size_t)>& rows_of, const std::function<size_t(size_t)>& first_of,
+                  SoftmaxRow* states, float* acc, const Kernels& k, const Parallel& parallel);
+
+}  // namespace mythos

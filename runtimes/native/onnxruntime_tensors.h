@@ -1,0 +1,128 @@
+// What the operators' kernels need of onnxruntime: tensors in and out, attributes, threads.
+#pragma once
+#define ORT_API_MANUAL_INIT
+#include <onnxruntime_cxx_api.h>
+#undef ORT_API_MANUAL_INIT
+
+#include <algorithm>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "operators.h"
+
+namespace mythos::onnxruntime {
+
+inline void Require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(std::string("ai.mythos: ") + what);
+}
+
+inline Parallel HostThreads(OrtKernelContext* context) {
+  return {context, [](void* host, void (*task)(void*, size_t), size_t n, void* data) {
+            // As many batches as tasks: threads take them as they come, so a slow one holds nobody up.
+            Ort::KernelContext(static_cast<OrtKernelContext*>(host)).ParallelFor(task, n, n, data);
+          }};
+}
+
+// An input and its shape, without a heap allocation of our own.
+class Input {
+ public:
+  Input(const Ort::KernelContext& context, size_t index) : value_(context.GetInput(index)) {
+    const auto info = value_.GetTensorTypeAndShapeInfo();
+    type_ = info.GetElementType();
+    rank_ = info.GetDimensionsCount();
+    Require(rank_ <= kMaxRank, "a tensor has too many dimensions");
+    Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, shape_, rank_));
+  }
+  size_t rank() const { return rank_; }
+  size_t dim(size_t axis) const {
+    Require(axis < rank_, "a tensor has too few dimensions");
+    return static_cast<size_t>(shape_[axis]);
+  }
+  // Counted from the end: back(0) is the last dimension.
+  size_t back(size_t axis) const {
+    Require(axis < rank_, "a tensor has too few dimensions");
+    return static_cast<size_t>(shape_[rank_ - 1 - axis]);
+  }
+  // Product of all dimensions but the last.
+  size_t rows() const {
+    size_t n = 1;
+    for (size_t axis = 0; axis + 1 < rank_; ++axis) n *= static_cast<size_t>(shape_[axis]);
+    return n;
+  }
+  size_t size() const { return rank_ == 0 ? 1 : rows() * back(0); }
+  const int64_t* shape() const { return shape_; }
+  ONNXTensorElementDataType type() const { return type_; }
+  const void* data() const { return value_.GetTensorRawData(); }
+  const float* floats() const { return value_.GetTensorData<float>(); }
+  const int64_t* ints() const { return value_.GetTensorData<int64_t>(); }
+
+ private:
+  static constexpr size_t kMaxRank = 6;
+  Ort::ConstValue value_;
+  ONNXTensorElementDataType type_;
+  size_t rank_;
+  int64_t shape_[kMaxRank] = {};
+};
+
+// Inputs in the order of the operator's schema.
+class Inputs {
+ public:
+  explicit Inputs(OrtKernelContext* context) : context_(context) {}
+  Input Next() { return Input(context_, next_++); }
+
+ private:
+  Ort::KernelContext context_;
+  size_t next_ = 0;
+};
+
+template <typename T>
+T* Output(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank) {
+  return Ort::KernelContext(context).GetOutput(index, shape, rank).GetTensorMutableData<T>();
+}
+
+// An output of x's shape, its last dimension another.
+inline float* OutputLike(OrtKernelContext* context, size_t index, const Input& x, size_t last) {
+  int64_t shape[8];
+  std::copy_n(x.shape(), x.rank(), shape);
+  shape[x.rank() - 1] = static_cast<int64_t>(last);
+  return Output<float>(context, index, shape, x.rank());
+}
+
+// How an operator's matrices are stored: as attributes of the quantized form say, or as floats where it has none.
+struct WeightForm {
+  bool quantized;
+  size_t block = 0;
+  bool quantize_activations = false;
+
+  WeightForm(const OrtKernelInfo* info, bool is_quantized) : quantized(is_quantized) {
+    if (!quantized) return;
+    const Ort::ConstKernelInfo attributes(info);
+    block = static_cast<size_t>(attributes.GetAttribute<int64_t>("block_size"));
+    const int64_t bits = attributes.GetAttribute<int64_t>("activation_bits");
+    Require(block == 32 || block == 64 || block == 128, "block_size is not 32, 64 or 128");
+    Require(bits == 8 || bits == 32, "activation_bits is not 8 or 32");
+    quantize_activations = bits == 8;
+  }
+
+  // Matrices [..., n, k], and in the quantized form their scales, from the next inputs. `count` gets how many are stacked.
+  Matrix Read(Inputs& in, size_t* count = nullptr) const {
+    const Input values = in.Next();
+    Matrix w;
+    w.values = values.data();
+    w.n = values.back(1), w.k = values.back(0);
+    if (count != nullptr) *count = values.rows() / std::max<size_t>(1, w.n);
+    if (!quantized) return w;
+    const Input scales = in.Next();
+    w.scales = scales.data();
+    w.half_scales = scales.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    w.block = block, w.quantize_activations = quantize_activations;
+    w.type = values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? WeightType::kInt8 : WeightType::kInt4;
+    if (values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) w.k *= 2;  // two int4 a byte
+    Require(w.type == WeightType::kInt8 || w.k % 2 == 0, "int4 weights need an even number of input channels");
+    Require(scales.back(0) == CeilDiv(w.k, block) && scales.rows() == values.rows(), "scales do not fit their weights");
+    return w;
+  }
+};
+
+}  // namespace mythos::onnxruntime
