@@ -189,7 +189,10 @@ struct MixtureOfExpertsOp : OperatorBase<MixtureOfExpertsOp, MixtureOfExpertsKer
 extern "C" {
 
 __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  Ort::InitApi(base->GetApi(ORT_API_VERSION));
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (api == nullptr)  // this onnxruntime is older than the headers
+    return base->GetApi(1)->CreateStatus(ORT_FAIL, "the library was built with the headers of a newer onnxruntime");
+  Ort::InitApi(api);
   // Operators and their domain live as long as the library: sessions keep pointers to them.
   static const LatentAttentionOp latent_attention;
   static const GroupedQueryAttentionOp grouped_query_attention;
