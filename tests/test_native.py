@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mythos_export import ops
+from mythos_export.inspection import doctor
 from runtimes import native_operators
 from runtimes.errors import BackendError
 from runtimes.runner import load
@@ -146,6 +147,8 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, monk
     assert not runner.native
     assert sum("portable bodies run instead" in record.message for record in caplog.records) == 1
     assert len(runner.generate("O", 3).complete().ids) == 3
+    assert "make native" in doctor()["missing"]["native operators"]
+    assert doctor()["native_operators"] is None
     monkeypatch.setattr(native_operators, "LIBRARY", tmp_path / "nothing.so")
     assert not load(tiny_bundle).native
     with pytest.raises(BackendError, match="make native"):
