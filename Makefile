@@ -1,10 +1,14 @@
 # Each target is all a fresh machine needs (python3 with venv): it makes .venv, installs what is missing, and runs.
 PYTHON ?= python3
 BIN := .venv/bin
+# One build folder an architecture, for a checkout that several machines share.
+NATIVE := runtimes/native/build/$(shell uname -m)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# Newer pips want this name for what a build is made with; older ones do not know it.
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv native demo test lint clean
+.PHONY: venv native toolchains demo test lint clean
 
 venv: .venv/installed
 
@@ -14,14 +18,24 @@ venv: .venv/installed
 	$(BIN)/pip install --quiet --no-deps open-mythos
 	touch $@
 
-# The operators' C++ kernels; says why where they cannot be built here (exit 3), and all else works without them.
-native:
-	runtimes/native/build.sh || [ $$? -eq 3 ]
+# The operators' C++ kernels. Where this machine lacks something, it says what, and all else works without them; a library
+# of older sources would not fit then, and goes.
+native: venv
+	@rm -f $(NATIVE)/not_built
+	@$(BIN)/cmake -S runtimes/native -B $(NATIVE) -DCMAKE_INSTALL_PREFIX=$(CURDIR)/runtimes/native/lib >/dev/null \
+		|| test -f $(NATIVE)/not_built
+	@if test -f $(NATIVE)/not_built; then rm -rf runtimes/native/lib; \
+		else $(BIN)/cmake --build $(NATIVE) --target install --parallel 2 >/dev/null \
+		&& echo "native operators built: runtimes/native/lib/libmythos_ops.so"; fi
+
+# A C++ compiler, the cross compiler for aarch64 and qemu-user, for `test`; says why where they cannot be installed.
+toolchains:
+	@tests/native/toolchains.sh
 
 demo: venv native
 	$(BIN)/mythos-export demo
 
-test: lint native
+test: lint toolchains native
 	$(BIN)/pytest
 
 lint: venv

@@ -48,10 +48,14 @@ def doctor() -> dict[str, Any]:
     can = {task: all(packages[name] for name in names) for task, names in _NEEDS.items()}
     can["compare with the reference"] &= can["export"]
     providers: list[str] = []
+    problem: str | None = "onnxruntime is missing"
     if packages["onnxruntime"]:
         import onnxruntime
 
+        from runtimes.onnxruntime_backend import native_problem
+
         providers = onnxruntime.get_available_providers()
+        problem = native_problem()
     fixes = {
         "run": "pip install mythos-export",
         "export": "pip install 'mythos-export[export]'",
@@ -64,9 +68,11 @@ def doctor() -> dict[str, Any]:
         "cpu": cpu_name(),
         "packages": packages,
         "onnxruntime_providers": providers,
-        "native_operators": native_operators.instruction_set(),
+        "native_operators": None if problem else native_operators.instruction_set(),
+        "native_library": None if problem else str(native_operators.LIBRARY),
         "can": can,
-        "missing": {task: fixes[task] for task, ok in can.items() if not ok},
+        "missing": {task: fixes[task] for task, ok in can.items() if not ok}
+        | ({"native operators": problem} if problem else {}),
     }
 
 

@@ -139,7 +139,10 @@ def doctor_report(plain: dict[str, Any], brief: bool = False) -> str:
     ]
     if brief:
         return "\n".join(can)
-    native = plain["native_operators"] or "not built (make native); the portable bodies run"
+    if plain["native_operators"]:
+        native = f"{plain['native_operators']}, loaded from {plain['native_library']}"
+    else:
+        native = f"none, the portable bodies run: {plain['missing']['native operators']}"
     packages = [[name, version or "missing"] for name, version in plain["packages"].items()]
     return (
         f"mythos-export {plain['mythos_export']}, Python {plain['python']}, {plain['cpu']}\n{plain['platform']}\n"

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 LIBRARY = Path(__file__).parent / "native" / "lib" / "libmythos_ops.so"
+_SOURCE = Path(__file__).parent / "native" / "CMakeLists.txt"  # of a checkout; an installed package has none
 
 
 @cache
@@ -22,6 +23,16 @@ def _library() -> ctypes.CDLL | None:
 def is_available() -> bool:
     """Whether the library has been built for this installation."""
     return LIBRARY.is_file()
+
+
+def remedy() -> str:
+    """What to do where the library is missing or does not fit."""
+    if _SOURCE.is_file():
+        return "run: make native"
+    return (
+        "with a C++17 compiler at hand, run in the source of mythos-export: "
+        "pip install --verbose --force-reinstall --no-deps . (it builds the library, or says what is missing)"
+    )
 
 
 def instruction_set() -> str | None:

@@ -36,9 +36,9 @@ class OnnxRuntimeBackend:
         self.graph = _choose(manifest)
         wanted = native_operators.is_available() if native is None else native
         if wanted and not native_operators.is_available():
-            raise BackendError(
-                f"native operators are asked for, but {native_operators.LIBRARY} is not built; run: make native"
-            )
+            raise BackendError(f"native operators are asked for, but {native_problem()}")
+        if native is None and not wanted:
+            _log.info("portable bodies run: %s", native_problem())
         self._session, self.native = _open(folder / self.graph.file, threads, wanted, may_fall_back=native is None)
         _check_contract(folder, self.graph, self._session)
 
@@ -57,6 +57,17 @@ class OnnxRuntimeBackend:
             raise BackendError(f"onnxruntime could not run a step: {error}") from error
 
 
+def native_problem() -> str | None:
+    """Why the native operators cannot be used here and what to do about it; None where onnxruntime takes them."""
+    if not native_operators.is_available():
+        return f"{native_operators.LIBRARY} is not built; {native_operators.remedy()}"
+    try:
+        onnxruntime.SessionOptions().register_custom_ops_library(str(native_operators.LIBRARY))
+    except _FAILURES as error:
+        return f"onnxruntime {onnxruntime.__version__} refuses {native_operators.LIBRARY}: {error}; {native_operators.remedy()}"
+    return None
+
+
 def _open(
     path: Path, threads: int | None, native: bool, may_fall_back: bool
 ) -> tuple[onnxruntime.InferenceSession, bool]:
@@ -68,7 +79,9 @@ def _open(
             raise BackendError(f"{path}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
         reason = str(error)
     portable = _open(path, threads, native=False, may_fall_back=False)
-    _say_once(f"the native operators cannot be used, portable bodies run instead: {reason}")
+    _say_once(
+        f"the native operators cannot be used, portable bodies run instead: {reason}; {native_operators.remedy()}"
+    )
     return portable
 
 

@@ -115,6 +115,7 @@ def test_inspect_and_doctor(bundle: Path) -> None:
     health = run_json("doctor")
     assert health["can"] == {"run": True, "export": True, "compare with the reference": True}
     assert health["packages"]["onnxruntime"]
+    assert bool(health["native_operators"]) is ("native operators" not in health["missing"])
     assert "✓ export" in run("doctor").stdout
 
 

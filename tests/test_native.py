@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,13 +17,14 @@ import pytest
 import torch
 
 from mythos_export import ops
+from mythos_export.inspection import doctor
 from runtimes import native_operators
 from runtimes.errors import BackendError
 from runtimes.runner import load
 
 needs_library = pytest.mark.skipif(
     not native_operators.is_available(),
-    reason="the native operators are not built (make native needs cmake and headers)",
+    reason="the native operators are not built; make native builds them, or says what is missing",
 )
 GENERATOR = torch.Generator().manual_seed(1)
 
@@ -143,25 +147,40 @@ def test_a_library_that_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, monk
     assert not runner.native
     assert sum("portable bodies run instead" in record.message for record in caplog.records) == 1
     assert len(runner.generate("O", 3).complete().ids) == 3
+    assert "make native" in doctor()["missing"]["native operators"]
+    assert doctor()["native_operators"] is None
     monkeypatch.setattr(native_operators, "LIBRARY", tmp_path / "nothing.so")
     assert not load(tiny_bundle).native
     with pytest.raises(BackendError, match="make native"):
         load(tiny_bundle, native=True)
 
 
-def run_stress(folder: Path, *options: str, emulator: tuple[str, ...] = ()) -> str:
-    """Builds tests/native/stress.cc with the headers that the library was built with, and runs it."""
-    native = Path(native_operators.__file__).parent / "native"
-    cache = (native / "build" / "cmake" / "CMakeCache.txt").read_text()
-    headers = [f"-D{line}" for line in cache.splitlines() if "_INCLUDE_DIR:" in line and not line.startswith("//")]
+NATIVE = Path(native_operators.__file__).parent / "native"
+CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def build(folder: Path, target: str, *options: str) -> None:
+    """Builds a target of runtimes/native with the headers that `make native` found."""
+    cache = NATIVE / "build" / platform.machine() / "CMakeCache.txt"
+    if not cache.is_file():
+        pytest.skip(f"needs the headers that make native finds, and there is no {cache}")
+    headers = [line for line in cache.read_text().splitlines() if "_INCLUDE_DIR:PATH=" in line]
     for command in (
-        ["cmake", "-S", native, "-B", folder, *options, *headers],
-        ["cmake", "--build", folder, "--target", "stress", "--parallel", "2"],
-        [*emulator, folder / "stress"],
+        [CMAKE, "-S", NATIVE, "-B", folder, *options, *(f"-D{line}" for line in headers)],
+        [CMAKE, "--build", folder, "--target", target, "--parallel", "2"],
     ):
-        result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
+        run(*command)
+
+
+def run(*command: object, fails: bool = False) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert (result.returncode != 0) is fails, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stderr if fails else result.stdout
+
+
+def architecture(path: Path) -> bytes:
+    """The machine field of an ELF file."""
+    return path.read_bytes()[18:20]
 
 
 @needs_library
@@ -169,16 +188,39 @@ def run_stress(folder: Path, *options: str, emulator: tuple[str, ...] = ()) -> s
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
     """Every operator and instruction set over random shapes on two threads."""
-    assert "scalar ok" in run_stress(tmp_path, f"-DMYTHOS_SANITIZE={sanitizers}")
+    build(tmp_path, "stress", f"-DMYTHOS_SANITIZE={sanitizers}")
+    assert "scalar ok" in run(tmp_path / "stress")
+
+
+@pytest.fixture(scope="module")
+def aarch64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build folder configured for aarch64, all symbols resolved, with programs that qemu-user runs without that system."""
+    if platform.machine() == "aarch64":
+        pytest.skip("aarch64 is this machine: the other tests run its kernels as they are")
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("aarch64-linux-gnu-g++ is missing; make toolchains installs it, or says why it cannot")
+    folder = tmp_path_factory.mktemp("aarch64")
+    options = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
+    options += ["-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", "-DCMAKE_MODULE_LINKER_FLAGS=-Wl,--no-undefined"]
+    build(folder, "mythos_ops", *options)
+    return folder
 
 
 @needs_library
 @pytest.mark.slow
-def test_aarch64_under_emulation(tmp_path: Path) -> None:
+def test_aarch64_library(aarch64: Path) -> None:
+    """The whole library compiles, door to onnxruntime included; it cannot be put where this machine's library lies."""
+    assert architecture(aarch64 / "libmythos_ops.so") == (183).to_bytes(2, "little")
+    assert "does not belong in" in run(CMAKE, "--install", aarch64, "--prefix", NATIVE / "lib", fails=True)
+    assert architecture(native_operators.LIBRARY) == architecture(Path(sys.executable).resolve())
+
+
+@needs_library
+@pytest.mark.slow
+def test_aarch64_under_emulation(aarch64: Path) -> None:
     """The NEON kernels agree with the scalar ones."""
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-    if shutil.which("aarch64-linux-gnu-g++") is None or emulator is None:
-        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
-    options = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static")
-    output = run_stress(tmp_path, "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", *options, emulator=(emulator,))
-    assert "neon ok" in output
+    if emulator is None:
+        pytest.skip("qemu-aarch64 is missing; make toolchains installs it, or says why it cannot")
+    build(aarch64, "stress")
+    assert "neon ok" in run(emulator, aarch64 / "stress")

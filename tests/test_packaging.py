@@ -1,20 +1,24 @@
-"""Who imports whom, and the wheel: in an empty environment without torch it loads a bundle and generates."""
+"""Who imports whom, and the wheels, with the native operators and without: no torch, and yet they load a bundle and generate."""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
+import platform
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from runtimes import native_operators
 from runtimes.runner import Runner
 
 ROOT = Path(__file__).parent.parent
+LIBRARY = "runtimes/native/lib/libmythos_ops.so"
 FORBIDDEN = {
     "runtimes": {"torch", "onnx", "mythos_export", "calibration"},
     "calibration": {"mythos_export"},
@@ -41,26 +45,76 @@ def test_running_a_bundle_imports_no_torch(tiny_bundle: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], check=True, cwd=ROOT)
 
 
-@pytest.mark.slow
-def test_wheel_without_torch(tiny_bundle: Path, runner: Runner, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PIP_CONSTRAINT"] = str(ROOT / "constraints.txt")
+class Shell:
+    """Runs commands in a folder, with no more of this environment than the tested versions and the headers already found."""
 
-    def run(*command: object, fails: bool = False) -> str:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.environment["PIP_CONSTRAINT"] = str(ROOT / "constraints.txt")
+        cache = ROOT / "runtimes" / "native" / "build" / platform.machine() / "CMakeCache.txt"
+        for line in cache.read_text().splitlines() if cache.is_file() else []:
+            name, _, value = line.partition(":PATH=")
+            if name.endswith("_INCLUDE_DIR") and Path(value).is_dir():
+                self.environment[name] = value
+
+    def __call__(self, *command: object, fails: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
-            [str(part) for part in command], env=environment, cwd=tmp_path, capture_output=True, text=True
+            [str(part) for part in command],
+            env=self.environment | environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
         )
         assert (result.returncode != 0) is fails, result.stdout + result.stderr
-        return result.stderr if fails else result.stdout
+        return result
 
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT)
+
+@pytest.mark.slow
+def test_wheel_without_torch(tiny_bundle: Path, runner: Runner, tmp_path: Path) -> None:
+    """From the source distribution, into an empty environment."""
+    run = Shell(tmp_path)
+    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == set(FORBIDDEN)
+    assert {Path(name).suffix for name in names if name.startswith("runtimes/native/")} <= {".so"}
+    assert "mythos_export/shakespeare/tokenizer.json" in names
+    assert wheel.name.endswith("-py3-none-any.whl") is not (LIBRARY in names)
     venv.create(tmp_path / "empty", with_pip=True)
     binaries = tmp_path / "empty" / "bin"
     run(binaries / "pip", "install", "--quiet", wheel)
     run(binaries / "python", "-c", "import torch", fails=True)
-    output = run(binaries / "mythos-export", "generate", tiny_bundle, "--prompt", "JULIET.", "-n", 16, "--json")
+    output = run(binaries / "mythos-export", "generate", tiny_bundle, "--prompt", "JULIET.", "-n", 16, "--json").stdout
     assert json.loads(output)["ids"] == runner.generate("JULIET.", 16).complete().ids
     run(binaries / "python", "-c", "from mythos_export import load, Runner, InputError; import runtimes, calibration")
-    message = run(binaries / "mythos-export", "export", "random:mythos_1b", "-o", "never", fails=True)
+    message = run(binaries / "mythos-export", "export", "random:mythos_1b", "-o", "never", fails=True).stderr
     assert "pip install 'mythos-export[export]'" in message
+    if native_operators.is_available():  # what can be built here is in the wheel
+        health = json.loads(run(binaries / "mythos-export", "doctor", "--json").stdout)
+        assert health["native_operators"] == native_operators.instruction_set()
+        assert health["native_library"].endswith(LIBRARY)
+        assert str(ROOT) not in health["native_library"]
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler(tiny_bundle: Path, runner: Runner, tmp_path: Path) -> None:
+    """The build says what it lacks and leaves the operators out; what it makes works, and says how to get them."""
+    run = Shell(tmp_path)
+    built = run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT, CXX=str(tmp_path / "nothing"))
+    assert "native operators are not built: found no C++ compiler" in built.stderr
+    assert "This wheel is without the native operators" in built.stdout
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.startswith("runtimes/native/")]
+        archive.extractall(tmp_path / "installed")
+    command = [sys.executable, "-m", "mythos_export.cli"]
+    paths = {"PYTHONPATH": str(tmp_path / "installed")}
+    health = json.loads(run(*command, "doctor", "--json", **paths).stdout)
+    assert health["native_operators"] is None
+    assert "pip install" in health["missing"]["native operators"]
+    assert "the portable bodies run: " in run(*command, "doctor", **paths).stdout
+    generate = [*command, "generate", tiny_bundle, "--prompt", "JULIET.", "-n", 16, "--json"]
+    assert json.loads(run(*generate, **paths).stdout)["ids"] == runner.generate("JULIET.", 16).complete().ids
+    assert "pip install --verbose" in run(*generate, "--native", fails=True, **paths).stderr

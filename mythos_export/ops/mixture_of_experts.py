@@ -241,8 +241,8 @@ _GATHER_SCALE = "chosen_{0}_s = Gather <axis = 0> ({0}_scale, chosen)"
 
 OPERATOR = Operator(
     name="MixtureOfExperts",
-    doc="Routed and shared SwiGLU experts on rms_norm(x), added to x. Routed ones are chosen by logits + router_bias and weighed by "
-    "the softmax of the unbiased logits of the chosen (arXiv 2401.06066, 2408.15664). Router, softmax and the sum are float32.",
+    doc="Routed and shared SwiGLU experts on rms_norm(x), added to x. Routed ones are chosen by logits + router_bias and weighed "
+    "by the softmax of the unbiased logits of the chosen (arXiv 2401.06066, 2408.15664). Router, softmax and the sum are float32.",
     inputs=(
         ("x", "tensor(float)", "[batch, seq, dim]"),
         ("norm", "tensor(float)", "[dim]: weight of the RMSNorm"),

@@ -24,7 +24,8 @@ SMALLEST = 1e-30  # a block of nothing larger is zero
 def unpack_int4(packed: Tensor) -> Tensor:
     """uint8 [E, O, I/2] -> int8 [E, O, I]: the low half of each byte first, both in two's complement."""
     pair = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-    return ((pair ^ 8).to(torch.int16) - 8).to(torch.int8)
+    signed: Tensor = ((pair ^ 8).to(torch.int16) - 8).to(torch.int8)
+    return signed
 
 
 def dequantize(weight: Tensor, scale: Tensor, block_size: int) -> Tensor:

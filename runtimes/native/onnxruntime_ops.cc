@@ -360,7 +360,10 @@ class Registry {
 extern "C" {
 
 __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  Ort::InitApi(base->GetApi(ORT_API_VERSION));
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (api == nullptr)  // this onnxruntime is older than the headers
+    return base->GetApi(1)->CreateStatus(ORT_FAIL, "the library was built with the headers of a newer onnxruntime");
+  Ort::InitApi(api);
   static const mythos::onnxruntime::Registry registry;
   return Ort::GetApi().AddCustomOpDomain(options, registry.domain);
 }
