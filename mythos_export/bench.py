@@ -47,11 +47,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `mythos-export bench` prints. peak_memory_bytes: of this process, before the reference was loaded."""
+    """What `mythos-export bench` prints. peak_memory_bytes: of this process, before the reference was loaded; weights_bytes and
+    cache_bytes: what of it the model itself needs."""
 
     rows: tuple[Row, ...]
     read_bandwidth_gb_per_second: float
     peak_memory_bytes: int
+    weights_bytes: int
+    cache_bytes: int
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,10 +63,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Workload:
-    """prompt: tokens of the pp row; new: tokens of the tg row; 0 leaves a row out."""
+    """prompt: tokens of the pp row; new: tokens of the tg row; 0 leaves a row out. context: tokens in the cache before the tg row."""
 
     prompt: int = 512
     new: int = 128
+    context: int = 0
     repetitions: int = 5
     batch: int = 1
     loops: int | None = None
@@ -72,17 +76,17 @@ class Workload:
 
     def check(self, runner: Runner) -> int:
         """Raises InputError for what the bundle cannot run; returns the loop count."""
-        if self.prompt < 0 or self.new < 0 or self.prompt + self.new == 0:
+        if min(self.prompt, self.new, self.context) < 0 or self.prompt + self.new == 0:
             raise InputError(
-                f"-p is {self.prompt} and -n {self.new}; expected 0 or more, and at least one of them above 0"
+                f"-p is {self.prompt}, -n {self.new} and -d {self.context}; expected 0 or more, and -p or -n above 0"
             )
         for name, value in (("-r", self.repetitions), ("-b", self.batch)):
             if value < 1:
                 raise InputError(f"{name} is {value}; expected at least 1")
-        longest = max(self.prompt, self.new + 1)
+        longest = max(self.prompt, self.context + self.new + 1)
         if longest > runner.graph.max_seq_len:
             raise InputError(
-                f"-p {self.prompt} -n {self.new} needs {longest} positions, the model has {runner.graph.max_seq_len}; lower them"
+                f"-p {self.prompt} -n {self.new} -d {self.context} needs {longest} positions, the model has {runner.graph.max_seq_len}; lower them"
             )
         return int(check_n_loops(runner.graph, self.loops, 1)[0])
 
@@ -114,7 +118,16 @@ def bench(
                 reference_seconds.append(theirs[name]())
         rows.append(_row(runner, name, workload, loops, bandwidth, seconds, reference_seconds))
     tell("measuring", 1, 1)
-    return Report(tuple(rows), bandwidth, peak, _environment(runner, workload, loops, threads))
+    weights = sum(runner.manifest.files[name].size for name in runner.graph.weights)
+    cache = _cache_bytes(runner, workload, loops)
+    return Report(tuple(rows), bandwidth, peak, weights, cache, _environment(runner, workload, loops, threads))
+
+
+def _cache_bytes(runner: Runner, workload: Workload, loops: int) -> int:
+    """Of the longer of the two tests."""
+    graph = runner.graph
+    tokens = workload.batch * max(workload.prompt, workload.context + workload.new + 1)
+    return graph.slots(loops) * tokens * graph.cache_width * np.dtype(graph.dtype).itemsize
 
 
 def _runner_test(runner: Runner, name: str, workload: Workload, loops: int) -> Callable[[], float]:
@@ -128,8 +141,8 @@ def _runner_test(runner: Runner, name: str, workload: Workload, loops: int) -> C
 
     def decode() -> float:
         session = runner.session(workload.batch, loops)
-        session.advance(tokens[:, :1].tolist())
-        steps = [column[:, None].tolist() for column in tokens[:, 1 : workload.new + 1].T]
+        session.advance(tokens[:, : workload.context + 1].tolist())
+        steps = [column[:, None].tolist() for column in tokens[:, workload.context + 1 :].T[: workload.new]]
         began = time.perf_counter()
         for step in steps:
             session.advance(step)
@@ -160,9 +173,9 @@ def _reference_tests(
     def decode() -> float:
         cache: dict[str, Any] = {}
         with torch.no_grad():
-            model(tokens[:, :1], n_loops=loops, kv_cache=cache)
+            model(tokens[:, : workload.context + 1], n_loops=loops, kv_cache=cache)
             began = time.perf_counter()
-            for at in range(1, workload.new + 1):
+            for at in range(workload.context + 1, workload.context + workload.new + 1):
                 model(tokens[:, at : at + 1], n_loops=loops, kv_cache=cache, start_pos=at)
             return time.perf_counter() - began
 
@@ -173,7 +186,7 @@ def _reference_tests(
 
 
 def _tokens(vocab_size: int, workload: Workload) -> Any:
-    shape = (workload.batch, max(workload.prompt, workload.new + 1))
+    shape = (workload.batch, max(workload.prompt, workload.context + workload.new + 1))
     return np.random.default_rng(0).integers(0, vocab_size, shape)
 
 
@@ -194,7 +207,7 @@ def _row(
     gb_per_second = n_bytes * rate / 1e9
     theirs = tokens / statistics.median(reference_seconds) if reference_seconds else None
     return Row(
-        test=f"{name}{each}",
+        test=f"{name}{each}" + (f" @ d{workload.context}" if name == "tg" and workload.context else ""),
         tokens_per_second=rate,
         std=statistics.stdev(rates) if len(rates) > 1 else 0.0,
         bytes_per_token=n_bytes,
@@ -207,16 +220,16 @@ def _row(
 
 def _bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) -> float:
     """Bytes a token must read and write: weights once a step (a prefill is one step), live cache rows, the new rows."""
-    config = ModelConfig.from_dict(runner.manifest.model)
-    size = np.dtype(runner.graph.dtype).itemsize
-    batch = workload.batch
-    row = footprint.cache_numbers(config, loops, 1)
+    manifest, graph = runner.manifest, runner.graph
+    config = ModelConfig.from_dict(manifest.model)
+    storage = footprint.Storage.of("float32" if graph.dtype == "float32" else graph.weight_dtype, manifest.quantization)
+    batch, row = workload.batch, footprint.cache_numbers(config, loops, 1) * np.dtype(graph.dtype).itemsize
     if name == "pp":
-        weights = footprint.weights_read(config, loops, batch * workload.prompt)
-        return size * (weights / (batch * workload.prompt) + row)
-    weights = footprint.weights_read(config, loops, batch)
-    mean_past = 1 + (workload.new - 1) / 2
-    return size * (weights / batch + row * (mean_past + 1))
+        weights = footprint.weight_bytes_read(config, loops, batch * workload.prompt, storage)
+        return weights / (batch * workload.prompt) + row
+    weights = footprint.weight_bytes_read(config, loops, batch, storage)
+    mean_past = workload.context + 1 + (workload.new - 1) / 2
+    return weights / batch + row * (mean_past + 1)
 
 
 def read_bandwidth(threads: int, repetitions: int = 7) -> float:

@@ -288,6 +288,7 @@ def bench(
     bundle: Bundle,
     prompt: Annotated[int, typer.Option("-p", help="Tokens of the prefill test; 0 leaves it out.")] = 512,
     new: Annotated[int, typer.Option("-n", help="Tokens of the decode test; 0 leaves it out.")] = 128,
+    context: Annotated[int, typer.Option("-d", help="Tokens in the cache before the decode test.")] = 0,
     repetitions: Annotated[int, typer.Option("-r", help="Repetitions.")] = 5,
     batch: Annotated[int, typer.Option("-b", help="Sequences at once.")] = 1,
     loops: Annotated[int | None, typer.Option(help="Loop count; default the trained one.")] = None,
@@ -307,7 +308,7 @@ def bench(
 
     as_json = as_json or form is Form.json
     with progress_bar(quiet or as_json) as tell:
-        report = run(bundle, Workload(prompt, new, repetitions, batch, loops, threads, native), reference, tell)
+        report = run(bundle, Workload(prompt, new, context, repetitions, batch, loops, threads, native), reference, tell)
     _emit(as_json, report.to_dict(), "" if as_json else bench_report(report, form.value))
 
 

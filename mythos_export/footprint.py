@@ -6,48 +6,75 @@ Shape letters: D dim, H query heads, K key/value heads, E experts, F hidden chan
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mythos_export.config import AttentionConfig, DenseConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 
 
 @dataclass(frozen=True)
-class LayerSize:
-    """Parameters of a layer that every token reads, those of one routed expert, and how many experts there are and are read."""
+class Storage:
+    """Bytes a number: of the matrices, of embedding and head, and of everything else."""
 
-    always: int
+    matrix: float = 4.0
+    head: float = 4.0
+    rest: float = 4.0
+
+    @classmethod
+    def of(cls, weight_dtype: str, quantization: dict[str, Any] | None) -> Storage:
+        """As a manifest describes it; quantized numbers carry their share of a float16 scale."""
+        if quantization is None:
+            size = 4.0 if weight_dtype == "float32" else 2.0
+            return cls(size, size)
+        scale = 2.0 / quantization["block_size"]
+        return cls(quantization["bits"] / 8 + scale, quantization["head_bits"] / 8 + scale)
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Parameters of a layer that every token reads, in matrices and besides; those of one routed expert, and how many experts there
+    are and are read."""
+
+    matrices: int
+    rest: int
     expert: int = 0
     n_experts: int = 0
     top_k: int = 0
 
     @property
     def total(self) -> int:
-        return self.always + self.n_experts * self.expert
+        return self.matrices + self.rest + self.n_experts * self.expert
 
-    def read(self, tokens: int) -> int:
-        """Parameters read for so many tokens at once, at most: every token may choose other experts."""
-        return self.always + min(self.n_experts, tokens * self.top_k) * self.expert
+    def read(self, tokens: int, storage: Storage) -> float:
+        """Bytes read for so many tokens at once, at most: every token may choose other experts."""
+        experts = min(self.n_experts, tokens * self.top_k) * self.expert
+        return storage.matrix * (self.matrices + experts) + storage.rest * self.rest
 
 
-def _attention(dim: int, config: AttentionConfig) -> int:
+def _attention(dim: int, config: AttentionConfig) -> LayerSize:
     if isinstance(config, LatentAttentionConfig):
         head = config.qk_nope_head_dim + config.qk_rope_head_dim
-        down = dim * (config.q_lora_rank + config.cache_width) + config.q_lora_rank + config.kv_lora_rank
+        down = dim * (config.q_lora_rank + config.cache_width)
         up = config.q_lora_rank * config.n_heads * head
         absorbed = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
-        return down + up + absorbed + config.n_heads * config.v_head_dim * dim
-    heads = 2 * config.n_heads + 2 * config.n_kv_heads
-    return dim * heads * config.head_dim
+        out = config.n_heads * config.v_head_dim * dim
+        return LayerSize(down + up + absorbed + out, config.q_lora_rank + config.kv_lora_rank)
+    return LayerSize(dim * (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim, 0)
 
 
 def layer_size(dim: int, layer: LayerConfig) -> LayerSize:
     """Counts one layer's parameters."""
-    always = _attention(dim, layer.attention) + 2 * dim
-    feed_forward = layer.feed_forward
+    attention, feed_forward = _attention(dim, layer.attention), layer.feed_forward
+    rest = attention.rest + 2 * dim
     if isinstance(feed_forward, DenseConfig):
-        return LayerSize(always + 3 * dim * feed_forward.hidden_dim)
+        return LayerSize(attention.matrices + 3 * dim * feed_forward.hidden_dim, rest)
     expert = 3 * dim * feed_forward.expert_dim
-    always += dim * feed_forward.n_experts + feed_forward.n_experts + expert * feed_forward.n_shared_experts
-    return LayerSize(always, expert, feed_forward.n_experts, feed_forward.top_k)
+    return LayerSize(
+        attention.matrices + expert * feed_forward.n_shared_experts,
+        rest + (dim + 1) * feed_forward.n_experts,
+        expert,
+        feed_forward.n_experts,
+        feed_forward.top_k,
+    )
 
 
 def _sizes(config: ModelConfig, layers: tuple[LayerConfig, ...]) -> list[LayerSize]:
@@ -65,11 +92,12 @@ def parameters(config: ModelConfig) -> int:
     return sum(size.total for size in _sizes(config, config.layers)) + _loop_parts(config) + matrices + config.dim
 
 
-def weights_read(config: ModelConfig, n_loops: int, tokens: int = 1) -> int:
-    """Parameters read by one step over so many tokens, looped layers counted once a loop."""
-    once = sum(size.read(tokens) for size in _sizes(config, config.prelude + config.coda))
-    looped = sum(size.read(tokens) for size in _sizes(config, config.loop_layers)) + _loop_parts(config)
-    return once + n_loops * looped + config.vocab_size * config.dim + config.dim
+def weight_bytes_read(config: ModelConfig, n_loops: int, tokens: int = 1, storage: Storage = Storage()) -> float:
+    """Bytes of weights read by one step over so many tokens, looped layers counted once a loop."""
+    once = sum(size.read(tokens, storage) for size in _sizes(config, config.prelude + config.coda))
+    looped = sum(size.read(tokens, storage) for size in _sizes(config, config.loop_layers))
+    looped += storage.rest * _loop_parts(config)
+    return once + n_loops * looped + storage.head * config.vocab_size * config.dim + storage.rest * config.dim
 
 
 def cache_numbers(config: ModelConfig, n_loops: int, tokens: int) -> int:

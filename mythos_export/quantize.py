@@ -152,20 +152,23 @@ class _Rewriter:
         quantized = f"Quantized{node.op_type}"
         packed = quantized in _PACKED
         names = dict(zip(_INPUTS[node.op_type], node.inputs, strict=True))
-        bits = {self._bits(_value(names[name])) for name in _WEIGHTS[node.op_type]}
+        weights = _WEIGHTS[node.op_type]
+        bits = {name: self._bits(_value(names[name])) for name in weights}
+        attributes: dict[str, Any] = {name: attribute.value for name, attribute in node.attributes.items()}
+        if packed:  # one number of bits for all
+            attributes["bits"] = max(bits.values())
+            bits = dict.fromkeys(weights, attributes["bits"])
         inputs: list[ir.Value | None] = []
         for name, value in names.items():
-            inputs += self._pair(_value(value), packed) if name in _WEIGHTS[node.op_type] else [value]
-        attributes: dict[str, Any] = {name: attribute.value for name, attribute in node.attributes.items()}
-        if packed:
-            attributes["bits"] = min(bits)
+            inputs += self._pair(_value(value), bits[name], packed) if name in weights else [value]
         form = attributes | self._attributes
         n_outputs = len(node.outputs)
         _replace(node, ir.node(quantized, inputs, form, domain=ops.DOMAIN, name=node.name, num_outputs=n_outputs))
 
     def _embedding(self, node: ir.Node) -> None:
         """Gather, then DequantizeLinear: rows of integers and of scales."""
-        table, scales = self._pair(_value(node.inputs[0]), packed=False)
+        table = _value(node.inputs[0])
+        table, scales = self._pair(table, self._bits(table), packed=False)
         name = node.name or "embed"
         rows = ir.node("Gather", [table, node.inputs[1]], {"axis": 0}, name=f"{name}/rows")
         row_scales = ir.node("Gather", [scales, node.inputs[1]], {"axis": 0}, name=f"{name}/scales")
@@ -179,11 +182,10 @@ class _Rewriter:
         bits = self._recipe.head_bits if weight.name in self._heads else self._recipe.bits
         return 8 if bits == 4 and _shape(weight)[-1] % 2 else bits
 
-    def _pair(self, weight: ir.Value, packed: bool) -> tuple[ir.Value, ir.Value]:
+    def _pair(self, weight: ir.Value, bits: int, packed: bool) -> tuple[ir.Value, ir.Value]:
         """The values and the scales that stand for a matrix, made once."""
         name = weight.name or ""
         if name not in self._pairs:
-            bits = self._bits(weight)
             self.stored[name] = _Stored(bits, packed and bits == 4)
             shape = _shape(weight)
             dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.UINT8 if packed else ir.DataType.INT4

@@ -67,7 +67,8 @@ def bench_report(report: Report, form: str) -> str:
         f"{environment['operators']} operators; "
         f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['loops']} loops, "
         f"batch {environment['batch']}\n{table}\n"
-        f"read bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s, peak memory {size(report.peak_memory_bytes)}"
+        f"read bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s; peak memory {size(report.peak_memory_bytes)}, of which "
+        f"weights {size(report.weights_bytes)}, cache {size(report.cache_bytes)}"
     )
 
 

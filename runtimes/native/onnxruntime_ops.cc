@@ -294,26 +294,29 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Status<Kernel>, true> {
 class Registry {
  public:
   Registry() : domain("ai.mythos") {
-    ForWeights("NormalizedLinear", "QuantizedNormalizedLinear", kInt4, [this](auto name, bool quantized, const Types& w) {
+    ForWeights("NormalizedLinear", "QuantizedNormalizedLinear", {{kInt8}, {kInt4}}, [&](auto name, bool quantized, const Types& w) {
       Add<NormalizedLinearKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
-    ForWeights("ResidualLinear", "QuantizedResidualLinear", kInt4, [this](auto name, bool quantized, const Types& w) {
+    ForWeights("ResidualLinear", "QuantizedResidualLinear", {{kInt8}, {kInt4}}, [&](auto name, bool quantized, const Types& w) {
       Add<ResidualLinearKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
-    ForWeights("FeedForward", "QuantizedFeedForward", kInt4, [this](auto name, bool quantized, const Types& w) {
-      Add<FeedForwardKernel>(name, quantized, Join({{kFloat, kFloat}, w, w}), {kFloat});
+    // A matrix with an odd number of input channels stays int8 where the others are int4.
+    const std::vector<Types> pairs = {{kInt8, kInt8}, {kInt4, kInt4}, {kInt4, kInt8}, {kInt8, kInt4}};
+    ForWeights("FeedForward", "QuantizedFeedForward", pairs, [&](auto name, bool quantized, const Types& w) {
+      Add<FeedForwardKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
-    ForWeights("MixtureOfExperts", "QuantizedMixtureOfExperts", kPackedInt4, [this](auto name, bool quantized, const Types& w) {
-      Add<MixtureOfExpertsKernel>(name, quantized, Join({{kFloat, kFloat, kFloat, kFloat}, w, w}), {kFloat});
-    });
+    ForWeights("MixtureOfExperts", "QuantizedMixtureOfExperts", {{kInt8, kInt8}, {kPackedInt4, kPackedInt4}},
+               [&](auto name, bool quantized, const Types& w) {
+                 Add<MixtureOfExpertsKernel>(name, quantized, Join({{kFloat, kFloat, kFloat, kFloat}, w}), {kFloat});
+               });
     for (const Type cache : {kFloat, kHalf, kBFloat16, kInt8}) {
       const Types past = cache == kInt8 ? Types{kInt8, kFloat, kInt, kInt} : Types{cache, kInt, kInt};
       const Types outputs = cache == kInt8 ? Types{kFloat, kInt8, kFloat} : Types{kFloat, cache};
       const bool int8 = cache == kInt8;
       ForWeights(int8 ? "LatentAttentionInt8Cache" : "LatentAttention",
-                 int8 ? "QuantizedLatentAttentionInt8Cache" : "QuantizedLatentAttention", kInt4,
+                 int8 ? "QuantizedLatentAttentionInt8Cache" : "QuantizedLatentAttention", pairs,
                  [&](auto name, bool quantized, const Types& w) {
-                   Add<LatentAttentionKernel>(name, quantized, Join({{kFloat, kFloat, kFloat}, w, w, {kFloat, kFloat}, past}),
+                   Add<LatentAttentionKernel>(name, quantized, Join({{kFloat, kFloat, kFloat}, w, {kFloat, kFloat}, past}),
                                               outputs);
                  });
       Add<GroupedQueryAttentionKernel>(int8 ? "GroupedQueryAttentionInt8Cache" : "GroupedQueryAttention", false,
@@ -336,12 +339,16 @@ class Registry {
     return all;
   }
 
-  // The float form of an operator, and the quantized one for every type of weights and scales.
+  // The float form of an operator, and the quantized one for every choice of types of its matrices and their scales.
   template <typename Each>
-  void ForWeights(const char* name, const char* quantized_name, Type four_bits, const Each& each) {
-    each(name, false, Types{kFloat});
-    for (const Type weights : {kInt8, four_bits})
-      for (const Type scales : {kFloat, kHalf}) each(quantized_name, true, Types{weights, scales});
+  void ForWeights(const char* name, const char* quantized_name, const std::vector<Types>& choices, const Each& each) {
+    each(name, false, Types(choices[0].size(), kFloat));
+    for (const Types& weights : choices)
+      for (const Type scales : {kFloat, kHalf}) {
+        Types with_scales;
+        for (const Type weight : weights) with_scales.insert(with_scales.end(), {weight, scales});
+        each(quantized_name, true, with_scales);
+      }
   }
 
   template <typename Kernel>
