@@ -33,7 +33,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One test. Rates and bytes are a token of the whole batch; ratio_to_reference is None without --reference."""
+    """One test. Rates and bytes are a token of the whole batch; bandwidth_share is the median of the repetitions' shares of the
+    bandwidth probed beside each; ratio_to_reference is None without --reference."""
 
     test: str
     tokens_per_second: float
@@ -63,7 +64,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Workload:
-    """prompt: tokens of the pp row; new: tokens of the tg row; 0 leaves a row out. context: tokens in the cache before the tg row."""
+    """prompt: tokens of the pp row; new: tokens of the tg row; 0 leaves a row out. context: tokens in the cache before those."""
 
     prompt: int = 512
     new: int = 128
@@ -86,7 +87,8 @@ class Workload:
         longest = max(self.prompt, self.context + self.new + 1)
         if longest > runner.graph.max_seq_len:
             raise InputError(
-                f"-p {self.prompt} -n {self.new} -d {self.context} needs {longest} positions, the model has {runner.graph.max_seq_len}; lower them"
+                f"-p {self.prompt} -n {self.new} -d {self.context} needs {longest} positions, the model has "
+                f"{runner.graph.max_seq_len}; lower them"
             )
         return int(check_n_loops(runner.graph, self.loops, 1)[0])
 
@@ -105,22 +107,28 @@ def bench(
         test()  # warm-up
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     theirs = _reference_tests(reference, tests, workload, loops, threads) if reference is not None else {}
-    bandwidth = read_bandwidth(threads)
+    bandwidth = ReadBandwidth(threads)
     tell = progress or (lambda *_: None)
-    rows = []
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in tests}
+    reference_seconds: dict[str, list[float]] = {name: [] for name in tests}
     for at, name in enumerate(tests):
-        seconds: list[float] = []
-        reference_seconds: list[float] = []
         for repetition in range(workload.repetitions):
             tell("measuring", at * workload.repetitions + repetition, len(tests) * workload.repetitions)
-            seconds.append(ours[name]())
+            measured[name].append(bandwidth.beside(ours[name]))
             if theirs:
-                reference_seconds.append(theirs[name]())
-        rows.append(_row(runner, name, workload, loops, bandwidth, seconds, reference_seconds))
+                reference_seconds[name].append(theirs[name]())
     tell("measuring", 1, 1)
+    rows = [_row(runner, name, workload, loops, measured[name], reference_seconds[name]) for name in tests]
     weights = sum(runner.manifest.files[name].size for name in runner.graph.weights)
     cache = _cache_bytes(runner, workload, loops)
-    return Report(tuple(rows), bandwidth, peak, weights, cache, _environment(runner, workload, loops, threads))
+    return Report(
+        tuple(rows),
+        statistics.median(bandwidth.probes),
+        peak,
+        weights,
+        cache,
+        _environment(runner, workload, loops, threads),
+    )
 
 
 def _cache_bytes(runner: Runner, workload: Workload, loops: int) -> int:
@@ -195,25 +203,24 @@ def _row(
     name: str,
     workload: Workload,
     loops: int,
-    bandwidth: float,
-    seconds: list[float],
+    measured: list[tuple[float, float]],
     reference_seconds: list[float],
 ) -> Row:
     each = workload.prompt if name == "pp" else workload.new
     tokens = each * workload.batch
-    rates = [tokens / value for value in seconds]
+    rates = [tokens / seconds for seconds, _ in measured]
     n_bytes = _bytes_per_token(runner, name, workload, loops)
     rate = statistics.mean(rates)
-    gb_per_second = n_bytes * rate / 1e9
+    shares = [n_bytes * tokens / seconds / 1e9 / bandwidth for seconds, bandwidth in measured]
     theirs = tokens / statistics.median(reference_seconds) if reference_seconds else None
     return Row(
         test=f"{name}{each}" + (f" @ d{workload.context}" if name == "tg" and workload.context else ""),
         tokens_per_second=rate,
         std=statistics.stdev(rates) if len(rates) > 1 else 0.0,
         bytes_per_token=n_bytes,
-        gb_per_second=gb_per_second,
-        bandwidth_share=gb_per_second / bandwidth,
-        ratio_to_reference=tokens / statistics.median(seconds) / theirs if theirs else None,
+        gb_per_second=n_bytes * rate / 1e9,
+        bandwidth_share=statistics.median(shares),
+        ratio_to_reference=tokens / statistics.median(seconds for seconds, _ in measured) / theirs if theirs else None,
         reference_tokens_per_second=theirs,
     )
 
@@ -232,17 +239,31 @@ def _bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) 
     return weights / batch + row * (mean_past + 1)
 
 
-def read_bandwidth(threads: int, repetitions: int = 7) -> float:
-    """GB/s that this machine reads with so many threads: the best of several passes over 512 MB."""
-    data = np.ones(_BANDWIDTH_BYTES // 8, dtype=np.int64)
-    parts = np.array_split(data, threads * 8)
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repetitions):
-            began = time.perf_counter()
-            list(pool.map(np.bitwise_or.reduce, parts))
-            best = max(best, data.nbytes / (time.perf_counter() - began) / 1e9)
-    return best
+class ReadBandwidth:
+    """GB/s that this machine reads with so many threads. On a shared machine it changes by the second, so it is probed before and
+    after every measurement, and shares are of the better of those two probes."""
+
+    def __init__(self, threads: int) -> None:
+        self._parts = np.array_split(np.ones(_BANDWIDTH_BYTES // 8, dtype=np.int64), threads * 8)
+        self._threads = threads
+        self.probes: list[float] = []
+
+    def probe(self, passes: int = 4) -> float:
+        """The best of some passes over 512 MB."""
+        best = 0.0
+        with ThreadPoolExecutor(self._threads) as pool:
+            for _ in range(passes):
+                began = time.perf_counter()
+                list(pool.map(np.minimum.reduce, self._parts))
+                best = max(best, _BANDWIDTH_BYTES / (time.perf_counter() - began) / 1e9)
+        self.probes.append(best)
+        return best
+
+    def beside(self, test: Callable[[], float]) -> tuple[float, float]:
+        """Runs a test; returns its seconds and the bandwidth around it."""
+        before = self.probe()
+        seconds = test()
+        return seconds, max(before, self.probe())
 
 
 def _environment(runner: Runner, workload: Workload, loops: int, threads: int) -> dict[str, Any]:

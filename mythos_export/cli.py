@@ -308,7 +308,9 @@ def bench(
 
     as_json = as_json or form is Form.json
     with progress_bar(quiet or as_json) as tell:
-        report = run(bundle, Workload(prompt, new, context, repetitions, batch, loops, threads, native), reference, tell)
+        report = run(
+            bundle, Workload(prompt, new, context, repetitions, batch, loops, threads, native), reference, tell
+        )
     _emit(as_json, report.to_dict(), "" if as_json else bench_report(report, form.value))
 
 

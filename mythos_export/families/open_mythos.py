@@ -318,7 +318,7 @@ def _pack_loop(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
         "recurrent.norm": lambda: iter([get("recurrent.norm.weight")]),
         "recurrent.lora_down": lambda: iter([get("recurrent.lora.down.weight")]),
         "recurrent.lora_scale": lora_scale,
-        "recurrent.lora_up": lambda: iter([get("recurrent.lora.B").T]),
+        "recurrent.lora_up": lambda: iter([get("recurrent.lora.B")]),
         "recurrent.decay": decay,
         "recurrent.injection": lambda: iter([get("recurrent.injection.B")]),
         "recurrent.halt": lambda: iter([get("recurrent.act.halt.weight").flatten()]),

@@ -45,7 +45,7 @@ class Recurrent(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.lora_down = empty(loop.lora_rank, dim, dtype=dtype)
         self.lora_scale = empty(max_loops, loop.lora_rank, dtype=dtype)
-        self.lora_up = empty(dim, loop.lora_rank, dtype=dtype)
+        self.lora_up = empty(loop.lora_rank, dim, dtype=dtype)
         self.decay = empty(dim, dtype=dtype)
         self.injection = empty(dim, dtype=dtype)
         self.halt = empty(dim, dtype=dtype)

@@ -40,10 +40,11 @@ def round_activations(x: Tensor, block_size: int, activation_bits: int) -> Tenso
     if activation_bits != 8:
         return x
     channels = x.shape[-1]
-    blocks = F.pad(x, (0, -channels % block_size)).unflatten(-1, (-1, block_size))
+    blocks: Tensor = F.pad(x, (0, -channels % block_size)).unflatten(-1, (-1, block_size))
     largest = blocks.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > SMALLEST, 127.0 / largest, 0.0)
-    return ((blocks * inverse).round() * (largest / 127.0)).flatten(-2)[..., :channels]
+    rounded: Tensor = ((blocks * inverse).round() * (largest / 127.0)).flatten(-2)[..., :channels]
+    return rounded
 
 
 class FloatForm:

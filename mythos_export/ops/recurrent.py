@@ -50,11 +50,11 @@ def recurrent_update(
 
     x [B, S, D]: what the looped layers returned. h, e, result [B, S, D]; halted_mass [B, S, 1]; exit_loop [B, S, 1] int64.
     loop [] int64, from 0; n_loops [B] int64, or [1] for all rows: a row's result stands still from there on. lora_down [r, D],
-    lora_scale [L, r], lora_up [D, r]; decay, injection, halt [D]; halt_bias [1].
+    lora_scale [L, r], lora_up [r, D]; decay, injection, halt [D]; halt_bias [1].
     Returns h = decay * h + injection * e + x + LoRA(x), and with p = sigmoid(halt · h + halt_bias) the result, halted_mass and
     exit_loop advanced where the token still runs.
     """
-    x = x + F.linear(F.linear(x, lora_down) * lora_scale[int(loop)], lora_up)
+    x = x + F.linear(x, lora_down) * lora_scale[int(loop)] @ lora_up
     h = decay * h + injection * e + x
     # Not torch.sigmoid: runtimes approximate it to 1e-7 absolute, but a small probability needs relative accuracy.
     probability = 1.0 / (1.0 + torch.exp(-((h * halt).sum(-1, keepdim=True) + halt_bias)))
@@ -113,7 +113,7 @@ UPDATE = Operator(
         ("n_loops", "tensor(int64)", "[batch], or [1] for all: depth of each sequence"),
         ("lora_down", "tensor(float)", "[lora_rank, dim]"),
         ("lora_scale", "tensor(float)", "[loops, lora_rank]"),
-        ("lora_up", "tensor(float)", "[dim, lora_rank]"),
+        ("lora_up", "tensor(float)", "[lora_rank, dim]"),
         ("decay", "tensor(float)", "[dim]"),
         ("injection", "tensor(float)", "[dim]"),
         ("halt", "tensor(float)", "[dim]"),
@@ -135,7 +135,7 @@ UPDATE = Operator(
   {flat_text("x", "flat")}
   {FLOAT.product("flat", "lora_down", "low")}
   low_scaled = Mul(low, lora_row)
-  {FLOAT.product("low_scaled", "lora_up", "lora_flat")}
+  lora_flat = MatMul(low_scaled, lora_up)
   x_shape = Shape(x)
   lora = Reshape(lora_flat, x_shape)
   x_lora = Add(x, lora)

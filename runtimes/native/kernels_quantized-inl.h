@@ -110,7 +110,7 @@ struct QuantizedTile {
   V scale[M][N];
 
   HWY_INLINE QuantizedTile(const QuantizedTokens& x, size_t token, const QuantizedRows& w, size_t row) {
-    constexpr size_t kAhead = 2048;
+    constexpr size_t kAhead = 4096;
     odd_at = x.padded_k() / 2, half = w.half_scales;
     const size_t tiles = kAhead / (N * w.row_bytes() + 1) + 1;
     ahead = tiles * N * w.row_bytes(), scales_ahead = tiles * N * w.blocks() * (half ? 2 : 4);

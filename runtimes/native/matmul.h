@@ -115,7 +115,7 @@ class Activations {
 
 // Rows of a matrix a task takes: enough bytes to be worth a task, few enough to share them evenly.
 inline size_t RowsATask(const Matrix& w, size_t m) {
-  constexpr size_t kBytes = 96 * 1024;
+  constexpr size_t kBytes = 256 * 1024;
   const size_t row_bytes = w.quantized() ? w.rows().row_bytes() : w.k * sizeof(float);
   const size_t rows = m > 1 ? 48 : std::max<size_t>(8, kBytes / std::max<size_t>(1, row_bytes) / 8 * 8);
   return std::min(rows, std::max<size_t>(8, CeilDiv(w.n, 32) * 8));

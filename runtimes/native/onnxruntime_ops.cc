@@ -234,7 +234,7 @@ struct RecurrentUpdateKernel {
     Require(h.size() == x.size() && e.size() == x.size() && result.size() == x.size(), "x, h, e and result differ in size");
     Require(halted_mass.size() == tokens && exit_loop.size() == tokens, "halted_mass and exit_loop need one number a token");
     Require(n_loops.size() == a.batch || n_loops.size() == 1, "n_loops needs one number a sequence, or one for all");
-    Require(lora_down.dim(1) == a.dim && lora_up.dim(0) == a.dim && lora_up.dim(1) == a.lora_rank, "the LoRA does not fit x");
+    Require(lora_down.dim(1) == a.dim && lora_up.dim(0) == a.lora_rank && lora_up.dim(1) == a.dim, "the LoRA does not fit x");
     Require(decay.size() == a.dim && injection.size() == a.dim && halt.size() == a.dim && halt_bias.size() == 1,
             "decay, injection and halt do not fit x");
     a.act_threshold = act_threshold, a.n_loops_per_row = n_loops.size() == a.batch && a.batch > 1;

@@ -118,7 +118,7 @@ struct RecurrentUpdateArgs {
   bool n_loops_per_row;
   const float* lora_down;    // [r, D]
   const float* lora_scale;   // [r]: the loop's row
-  const float* lora_up;      // [D, r]
+  const float* lora_up;      // [r, D]
   const float* decay;        // [D]
   const float* injection;    // [D]
   const float* halt;         // [D]

@@ -36,7 +36,8 @@ void RecurrentUpdate(const RecurrentUpdateArgs& a, const Kernels& k, const Paral
     float* lora = low + a.lora_rank;
     k.matmul_nt(x, a.dim, 1, a.lora_down, a.dim, a.lora_rank, a.dim, low, a.lora_rank);
     for (size_t i = 0; i < a.lora_rank; ++i) low[i] *= a.lora_scale[i];
-    k.matmul_nt(low, a.lora_rank, 1, a.lora_up, a.lora_rank, a.dim, a.lora_rank, lora, a.dim);
+    std::fill_n(lora, a.dim, 0.0f);
+    k.matmul_nn(low, a.lora_rank, 1, a.lora_up, a.dim, a.lora_rank, a.dim, lora, a.dim);
     for (size_t i = 0; i < a.dim; ++i) next[i] = a.decay[i] * h[i] + a.injection[i] * e[i] + (x[i] + lora[i]);
     float logit;
     k.matmul_nt(next, a.dim, 1, a.halt, a.dim, 1, a.dim, &logit, 1);
