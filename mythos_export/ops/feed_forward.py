@@ -56,6 +56,7 @@ def quantized_feed_forward(
 def _body(form: FloatForm) -> str:
     cast = "CastLike(normed, gate_up)" if form is FLOAT else "Identity(normed)"
     return f"""
+  {form.preamble}
   {rms_norm_text("x", "norm", "normed")}
   normed_t = {cast}
   {flat_text("normed_t", "flat")}

@@ -167,6 +167,7 @@ def _attend(
 
 def _body(form: FloatForm, *, int8: bool) -> str:
     return f"""
+  {form.preamble}
   # sizes; of weights, so onnxruntime folds them
   n_heads = Shape <start = 0, end = 1> (w_uk)
   rank = Shape <start = 1, end = 2> (w_uk)

@@ -65,6 +65,7 @@ def quantized_residual_linear(
 def _normalized(form: FloatForm) -> str:
     cast = "CastLike(normed, weight)" if form is FLOAT else "Identity(normed)"
     return f"""
+  {form.preamble}
   {rms_norm_text("x", "norm", "normed")}
   normed_t = {cast}
   {flat_text("normed_t", "flat")}
@@ -78,6 +79,7 @@ def _normalized(form: FloatForm) -> str:
 
 def _residual(form: FloatForm) -> str:
     return f"""
+  {form.preamble}
   {flat_text("x", "flat")}
   {form.product("flat", "weight", "product_flat")}
   y_shape = Shape(residual)

@@ -21,7 +21,7 @@ from mythos_export.ops.operator import Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
     FloatForm,
-    QuantizedForm,
+    PackedForm,
     dequantize,
     flat_text,
     quantized,
@@ -123,6 +123,7 @@ def _body(form: FloatForm) -> str:
     scanned = "gate_up, down" if form is FLOAT else "gate_up, gate_up_scale, down, down_scale"
     scales = ("", "") if form is FLOAT else (_GATHER_SCALE.format("gate_up"), _GATHER_SCALE.format("down"))
     return f"""
+  {form.preamble}
   {rms_norm_text("x", "norm", "normed")}
   {flat_text("normed", "flat_f")}
   flat_cast = {cast}
@@ -261,7 +262,7 @@ OPERATOR = Operator(
 QUANTIZED = quantized(
     OPERATOR,
     torch.ops.mythos.quantized_mixture_of_experts.default,
-    _body(QuantizedForm(packed=True)),
+    _body(PackedForm()),
     weights=("gate_up", "down"),
     packed=True,
 )

@@ -9,8 +9,7 @@ Shape letters: T tokens, I input and O output channels, b blocks of the input ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +49,8 @@ def round_activations(x: Tensor, block_size: int, activation_bits: int) -> Tenso
 class FloatForm:
     """How an operator's body multiplies with its matrices: as they are."""
 
+    preamble = ""  # statements at the head of the body; subgraphs cannot refer to attributes in every runtime
+
     def product(self, x: str, weight: str, y: str) -> str:
         """y [T, O] = x [T, I] · weight [O, I]^T. The matrix stands on the left: no transposed copy of it is ever made."""
         return f"""
@@ -67,11 +68,17 @@ class FloatForm:
         return f"  {out} = Identity({x})\n"
 
 
-@dataclass(frozen=True)
 class QuantizedForm(FloatForm):
-    """The same with block-quantized matrices; each has its scales in an input NAME_scale. packed: int4 comes as uint8."""
+    """The same with block-quantized matrices, each with its scales in an input NAME_scale."""
 
-    packed: bool = False
+    preamble = """
+  block_size_int = Constant <value_int: int = @block_size> ()
+  block_size_axis = Constant <value_ints = [0]> ()
+  block_size_1 = Unsqueeze(block_size_int, block_size_axis)
+  activation_bits_int = Constant <value_int: int = @activation_bits> ()
+  activation_bits_8 = Constant <value_int = 8> ()
+  rounds = Equal(activation_bits_int, activation_bits_8)
+"""
 
     def product(self, x: str, weight: str, y: str) -> str:
         return (
@@ -81,31 +88,43 @@ class QuantizedForm(FloatForm):
         )
 
     def matrix(self, weight: str, scale: str, out: str) -> str:
-        unpack = _UNPACK.format(weight=weight, out=out) if self.packed else f"  {out}_int = Identity({weight})"
-        return f"""{unpack}
+        return f"""
   {out}_scale = Cast <to = 1> ({scale})
-  {out} = DequantizeLinear <axis = -1, block_size: int = @block_size> ({out}_int, {out}_scale)
+  {out} = DequantizeLinear <axis = -1, block_size: int = @block_size> ({weight}, {out}_scale)
 """
 
     def rounded(self, x: str, out: str) -> str:
         return _ROUND.format(x=x, out=out)
 
 
+class PackedForm(QuantizedForm):
+    """The same where int4 comes as uint8, which can be gathered and scanned; the attribute bits tells."""
+
+    preamble = (
+        QuantizedForm.preamble
+        + """
+  bits_int = Constant <value_int: int = @bits> ()
+  bits_4 = Constant <value_int = 4> ()
+  is_packed = Equal(bits_int, bits_4)
+"""
+    )
+
+    def matrix(self, weight: str, scale: str, out: str) -> str:
+        return _UNPACK.format(weight=weight, scale=scale, out=out)
+
+
 FLOAT = FloatForm()
 
-# {out}_int int8 [E, O, I] from int8, or from uint8 [E, O, I/2] where bits is 4.
+# {out} [E, O, I] from int8 [E, O, I], or from uint8 [E, O, I/2] where it is packed, and scales [E, O, b].
 _UNPACK = """
-  {out}_bits = Constant <value_int: int = @bits> ()
-  {out}_four = Constant <value_int = 4> ()
-  {out}_is_four = Equal({out}_bits, {out}_four)
-  {out}_int = If ({out}_is_four) <
+  {out}_last = Constant <value_ints = [-1]> ()
+  {out}_int = If (is_packed) <
     then_branch = unpack () => ({out}_unpacked) {{
       {out}_bytes = Cast <to = 2> ({weight})
       {out}_15 = Constant <value = uint8 {{15}}> ()
       {out}_4 = Constant <value = uint8 {{4}}> ()
       {out}_8 = Constant <value = uint8 {{8}}> ()
-      {out}_8s = Constant <value = int8 {{8}}> ()
-      {out}_last = Constant <value_ints = [-1]> ()
+      {out}_8f = Constant <value_float = 8.0> ()
       {out}_low = BitwiseAnd({out}_bytes, {out}_15)
       {out}_high = BitShift <direction = "RIGHT"> ({out}_bytes, {out}_4)
       {out}_low_1 = Unsqueeze({out}_low, {out}_last)
@@ -115,32 +134,39 @@ _UNPACK = """
       {out}_shape = Concat <axis = 0> ({out}_lead, {out}_last)
       {out}_flat = Reshape({out}_pair, {out}_shape)
       {out}_turned = BitwiseXor({out}_flat, {out}_8)
-      {out}_signed = Cast <to = 3> ({out}_turned)
-      {out}_unpacked = Sub({out}_signed, {out}_8s)
+      {out}_biased = Cast <to = 1> ({out}_turned)
+      {out}_unpacked = Sub({out}_biased, {out}_8f)
     }},
     else_branch = keep () => ({out}_kept) {{
-      {out}_kept = Cast <to = 3> ({weight})
+      {out}_kept = Cast <to = 1> ({weight})
     }}>
+  {out}_scale_f = Cast <to = 1> ({scale})
+  {out}_scale_1 = Unsqueeze({out}_scale_f, {out}_last)
+  {out}_scale_lead = Shape({out}_scale_f)
+  {out}_scale_wide = Concat <axis = 0> ({out}_scale_lead, block_size_1)
+  {out}_scale_each = Expand({out}_scale_1, {out}_scale_wide)
+  {out}_rows = Shape <end = -1> ({out}_int)
+  {out}_rows_rest = Concat <axis = 0> ({out}_rows, {out}_last)
+  {out}_scale_flat = Reshape({out}_scale_each, {out}_rows_rest)
+  {out}_from = Constant <value_ints = [0]> ()
+  {out}_to = Shape <start = -1> ({out}_int)
+  {out}_scale_cut = Slice({out}_scale_flat, {out}_from, {out}_to, {out}_last)
+  {out} = Mul({out}_int, {out}_scale_cut)
 """
 
 # {out} [T, I]: x rounded to 8 bits a block where activation_bits is 8.
 _ROUND = f"""
-  {{out}}_bits = Constant <value_int: int = @activation_bits> ()
-  {{out}}_eight = Constant <value_int = 8> ()
-  {{out}}_is_eight = Equal({{out}}_bits, {{out}}_eight)
-  {{out}} = If ({{out}}_is_eight) <
+  {{out}} = If (rounds) <
     then_branch = round () => ({{out}}_used) {{{{
-      {{out}}_block = Constant <value_int: int = @block_size> ()
       {{out}}_axis0 = Constant <value_ints = [0]> ()
       {{out}}_axis1 = Constant <value_ints = [1]> ()
       {{out}}_last = Constant <value_ints = [-1]> ()
-      {{out}}_block_1 = Unsqueeze({{out}}_block, {{out}}_axis0)
       {{out}}_k = Shape <start = 1, end = 2> ({{x}})
       {{out}}_minus_k = Neg({{out}}_k)
-      {{out}}_pad = Mod({{out}}_minus_k, {{out}}_block_1)
+      {{out}}_pad = Mod({{out}}_minus_k, block_size_1)
       {{out}}_pads = Concat <axis = 0> ({{out}}_axis0, {{out}}_axis0, {{out}}_axis0, {{out}}_pad)
       {{out}}_padded = Pad({{x}}, {{out}}_pads)
-      {{out}}_blocks_shape = Concat <axis = 0> ({{out}}_axis0, {{out}}_last, {{out}}_block_1)
+      {{out}}_blocks_shape = Concat <axis = 0> ({{out}}_axis0, {{out}}_last, block_size_1)
       {{out}}_blocks = Reshape({{out}}_padded, {{out}}_blocks_shape)
       {{out}}_size = Abs({{out}}_blocks)
       {{out}}_largest = ReduceMax <keepdims = 1> ({{out}}_size, {{out}}_last)
@@ -228,6 +254,3 @@ def quantized(
         infer_shapes=infer_shapes,
         body=body,
     )
-
-
-Body = Callable[[FloatForm], str]

@@ -1,0 +1,139 @@
+"""Runs one operator every way there is: torch, portable body on onnxruntime and in onnx's evaluator, native kernels with every
+instruction set this processor has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from mythos_export import ops
+from mythos_export.ops.operator import Operator
+from runtimes import native_operators
+
+OPERATORS = {operator.name: operator for operator in ops.OPERATORS}
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_vnni", "neon", "neon_dotprod")
+KINDS = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
+}
+Attributes = dict[str, float]
+
+
+def one_node_model(operator: Operator, tensors: Sequence[torch.Tensor], attributes: Attributes) -> onnx.ModelProto:
+    """A graph of one node. Inputs that are neither float32 nor integers of the interface are initializers or casts, outputs are
+    cast to float32, so that numpy can hold everything."""
+    nodes, inputs, initializers, names = [], [], [], []
+    for (name, spec, _), tensor in zip(operator.inputs, tensors, strict=True):
+        kind, shape = KINDS[tensor.dtype], list(tensor.shape)
+        names.append(name)
+        if tensor.dtype in (torch.int8, torch.uint8):
+            if spec == "Q" and tensor.dtype == torch.uint8:
+                kind, shape = TensorProto.INT4, [*shape[:-1], 2 * shape[-1]]
+            initializers.append(helper.make_tensor(name, kind, shape, tensor.numpy().tobytes(), raw=True))
+        elif tensor.dtype in (torch.float16, torch.bfloat16):
+            inputs.append(helper.make_tensor_value_info(f"{name}_wide", TensorProto.FLOAT, shape))
+            nodes.append(helper.make_node("Cast", [f"{name}_wide"], [name], to=kind))
+        else:
+            inputs.append(helper.make_tensor_value_info(name, kind, shape))
+    outs = [name for name, _, _ in operator.outputs]
+    nodes.append(helper.make_node(operator.name, names, outs, domain=ops.DOMAIN, **attributes))
+    nodes += [helper.make_node("Cast", [name], [f"{name}_out"], to=TensorProto.FLOAT) for name in outs]
+    outputs = [
+        helper.make_tensor_value_info(
+            f"{name}_out", TensorProto.FLOAT, [f"{name}_{axis}" for axis in range(2 if name == "new_scale" else 3)]
+        )
+        for name in outs
+    ]
+    imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.DOMAIN_VERSION)]
+    graph = helper.make_graph(nodes, "one_node", inputs, outputs, initializers)
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=[operator.function])
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def feeds_of(operator: Operator, tensors: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+    feeds = {}
+    for (name, _, _), tensor in zip(operator.inputs, tensors, strict=True):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            feeds[f"{name}_wide"] = tensor.float().numpy()
+        elif tensor.dtype not in (torch.int8, torch.uint8):
+            feeds[name] = tensor.numpy()
+    return feeds
+
+
+def in_torch(
+    operator: Operator, tensors: Sequence[torch.Tensor], attributes: Attributes, *, double: bool
+) -> list[np.ndarray]:
+    """The torch op's outputs as float64; double: computed so, from float32 inputs."""
+    args = [tensor.double() if double and tensor.dtype == torch.float32 else tensor for tensor in tensors]
+    outputs = operator.torch_op(*args, *attributes.values())
+    return [output.double().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def session_of(model: onnx.ModelProto, native: bool, threads: int = 2) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if native:
+        options.register_custom_ops_library(str(native_operators.LIBRARY))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+def in_native(
+    operator: Operator, tensors: Sequence[torch.Tensor], attributes: Attributes
+) -> dict[str, list[np.ndarray]]:
+    """Outputs by instruction set; empty where the library is not built."""
+    if not native_operators.is_available():
+        return {}
+    session, feeds = session_of(one_node_model(operator, tensors, attributes), native=True), feeds_of(operator, tensors)
+    best, results = native_operators.instruction_set(), {}
+    for instruction_set in filter(native_operators.use_instruction_set, INSTRUCTION_SETS):
+        results[f"native {instruction_set}"] = session.run(None, feeds)
+    native_operators.use_instruction_set(best)
+    return results
+
+
+def everywhere(
+    operator: Operator, tensors: Sequence[torch.Tensor], attributes: Attributes
+) -> dict[str, list[np.ndarray]]:
+    model, feeds = one_node_model(operator, tensors, attributes), feeds_of(operator, tensors)
+    return {
+        "torch": in_torch(operator, tensors, attributes, double=False),
+        "onnxruntime": session_of(model, native=False).run(None, feeds),
+        "onnx": ReferenceEvaluator(model).run(None, feeds),
+        **in_native(operator, tensors, attributes),
+    }
+
+
+def check(
+    operator: Operator, tensors: Sequence[torch.Tensor], attributes: Attributes, atol: float = 2e-5, rtol: float = 1e-4
+) -> None:
+    """All ways agree with float64."""
+    truth = in_torch(operator, tensors, attributes, double=True)
+    for name, outputs in everywhere(operator, tensors, attributes).items():
+        for output, expected in zip(outputs, truth, strict=True):
+            np.testing.assert_allclose(output, expected, rtol=rtol, atol=atol, err_msg=f"{operator.name}, {name}")
+
+
+def check_rounded(
+    operator: Operator, tensors: Sequence[torch.Tensor], attributes: Attributes, most: float = 0.05
+) -> None:
+    """For operators that round what they compute to few levels: the last bit of a float can move a number by a level, so a few
+    results may be off by `most` of the largest one, and on average they are not."""
+    truth = in_torch(operator, tensors, attributes, double=True)
+    for name, outputs in everywhere(operator, tensors, attributes).items():
+        for output, expected in zip(outputs, truth, strict=True):
+            error = np.abs(output - expected) / (np.abs(expected).max() + 1e-6)
+            assert np.isfinite(output).all(), f"{operator.name}, {name}"
+            assert error.max() < most, f"{operator.name}, {name}: {error.max()}"
+            assert error.mean() < most / 10, f"{operator.name}, {name}: {error.mean()}"
