@@ -127,7 +127,7 @@ def bench(
         peak,
         weights,
         cache,
-        _environment(runner, workload, loops, threads),
+        {**environment(runner, threads), "loops": loops, "batch": workload.batch, "repetitions": workload.repetitions},
     )
 
 
@@ -266,7 +266,8 @@ class ReadBandwidth:
         return seconds, max(before, self.probe())
 
 
-def _environment(runner: Runner, workload: Workload, loops: int, threads: int) -> dict[str, Any]:
+def environment(runner: Runner, threads: int) -> dict[str, Any]:
+    """What a figure must be read with: machine, versions, model, number formats."""
     graph = runner.graph
     return {
         "cpu": cpu_name(),
@@ -280,9 +281,6 @@ def _environment(runner: Runner, workload: Workload, loops: int, threads: int) -
         "parameters": footprint.parameters(ModelConfig.from_dict(runner.manifest.model)),
         "weight_dtype": graph.weight_dtype,
         "compute_dtype": graph.dtype,
-        "loops": loops,
-        "batch": workload.batch,
-        "repetitions": workload.repetitions,
     }
 
 

@@ -297,6 +297,13 @@ def bench(
     reference: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Checkpoint to run in eager torch beside it.")
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="Time the attention operator alone over so many cached rows instead."),
+    ] = None,
+    cache: Annotated[
+        str, typer.Option(metavar="float32|float16|int8", help="Number format of the rows for --attention.")
+    ] = "float32",
     form: Annotated[Form, typer.Option("-o", "--output", help="How to print.")] = Form.table,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -304,9 +311,17 @@ def bench(
     """Prefill and decode speed, bytes moved, share of the machine's read bandwidth."""
     from mythos_export.bench import Workload
     from mythos_export.bench import bench as run
-    from mythos_export.report import bench_report, progress_bar
+    from mythos_export.report import attention_report, bench_report, progress_bar
 
     as_json = as_json or form is Form.json
+    contexts = _numbers(attention, "--attention")
+    if contexts is not None:
+        from mythos_export.bench_attention import bench_attention
+
+        with progress_bar(quiet or as_json) as tell:
+            alone = bench_attention(bundle, contexts, cache, repetitions, threads, native, tell)
+        _emit(as_json, alone.to_dict(), "" if as_json else attention_report(alone.to_dict()))
+        return
     with progress_bar(quiet or as_json) as tell:
         report = run(
             bundle, Workload(prompt, new, context, repetitions, batch, loops, threads, native), reference, tell

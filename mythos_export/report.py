@@ -67,8 +67,30 @@ def bench_report(report: Report, form: str) -> str:
         f"{environment['operators']} operators; "
         f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['loops']} loops, "
         f"batch {environment['batch']}\n{table}\n"
-        f"read bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s; peak memory {size(report.peak_memory_bytes)}, of which "
+        f"read bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s; peak memory {size(report.peak_memory_bytes)}, of it "
         f"weights {size(report.weights_bytes)}, cache {size(report.cache_bytes)}"
+    )
+
+
+def attention_report(plain: dict[str, Any]) -> str:
+    """What `bench --attention` shows."""
+    rows = [
+        [
+            f"{row['context']}",
+            f"{row['microseconds']:.0f}",
+            size(row["bytes"]),
+            f"{row['gb_per_second']:.2f}",
+            f"{100 * row['bandwidth_share']:.1f} %",
+        ]
+        for row in plain["rows"]
+    ]
+    environment = plain["environment"]
+    kind = environment["attention"]["kind"]
+    return (
+        f"{environment['cpu']}, {environment['threads']} threads, {environment['operators']} operators; {kind} attention of one "
+        f"token, {environment['cache']} cache\n"
+        + markdown_table(["cached rows", "µs", "bytes", "GB/s", "share of read bandwidth"], rows)
+        + f"\nread bandwidth here {plain['read_bandwidth_gb_per_second']:.1f} GB/s"
     )
 
 

@@ -86,6 +86,11 @@ def _open(
 
 
 def _session(path: Path, threads: int | None, native: bool) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), session_options(threads, native), providers=["CPUExecutionProvider"])
+
+
+def session_options(threads: int | None, native: bool) -> onnxruntime.SessionOptions:
+    """Options of every session here: threads, no second copy of weights, native operators where wanted."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # what goes wrong is raised
@@ -93,7 +98,7 @@ def _session(path: Path, threads: int | None, native: bool) -> onnxruntime.Infer
     options.add_session_config_entry("session.disable_prepacking", "1")
     if native:
         options.register_custom_ops_library(str(native_operators.LIBRARY))
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def _check_contract(folder: Path, graph: Graph, session: onnxruntime.InferenceSession) -> None:

@@ -10,22 +10,23 @@
 
 namespace mythos {
 
-constexpr size_t kRowBlock = 64;   // cached rows a step of the online softmax
+constexpr size_t kRowBlock = 64;   // most cached rows a step of the online softmax
 constexpr size_t kTokenTile = 16;  // prefill: tokens of one head that pass over the rows together
 constexpr size_t kHeadTile = 4;    // decode: heads of one token that do, where the cache is short
 
 // RoPE (arXiv 2104.09864), pairs half a head apart: out may be in.
 void Rotate(const float* in, const float* cos, const float* sin, size_t half, float* out);
 
-// A run of rows of one sequence: keys and values start at these channels of each row. scales: of int8 rows, one a row.
+// A run of rows of one sequence. Keys and values of the first group of heads start at these channels of a row, those of each
+// next group `step` channels later. scales: of int8 rows, one a row.
 struct Rows {
   CacheType type;
   const void* data;
   const float* scales;
-  size_t width, keys_at, values_at, count;
+  size_t width, keys_at, values_at, step, count;
   const char* row(size_t r) const { return static_cast<const char*>(data) + r * width * SizeOf(type); }
   Rows From(size_t first, size_t n) const {
-    return {type, row(first), scales == nullptr ? nullptr : scales + first, width, keys_at, values_at, n};
+    return {type, row(first), scales == nullptr ? nullptr : scales + first, width, keys_at, values_at, step, n};
   }
 };
 
@@ -35,8 +36,8 @@ struct Cache {
   const void* data;
   const float* scales;  // int8 only
   // The first `count` rows of sequence b.
-  Rows Sequence(size_t b, size_t capacity, size_t width, size_t count, size_t keys_at, size_t values_at) const {
-    return Rows{type, data, scales, width, keys_at, values_at, 0}.From(b * capacity, count);
+  Rows Sequence(size_t b, size_t capacity, size_t width, size_t count, size_t keys_at, size_t values_at, size_t step) const {
+    return Rows{type, data, scales, width, keys_at, values_at, step, 0}.From(b * capacity, count);
   }
 };
 
@@ -49,10 +50,11 @@ struct NewRows {
   void Store(size_t t, float* row, size_t width, const Kernels& k) const;
 };
 
-// m queries [m, key_dim]; query i sees rows [from[i], to[i]). acc [m, value_dim] and state [m] go on from before.
+// Queries [groups, m, key_dim]; query i of each group sees rows [from[i], to[i]). acc [groups, m, value_dim] and state
+// [groups, m] go on from before.
 struct Queries {
   const float* values;
-  size_t m, key_dim, value_dim;
+  size_t groups, m, key_dim, value_dim;
   const size_t* from;
   const size_t* to;
   float* acc;
@@ -79,10 +81,16 @@ struct Splits {
   bool any() const { return most > 0; }
 };
 
-// Attends to past rows split by split. There are `units` groups of m queries [units, m, key_dim] that share their rows;
-// rows_of(unit) gives all of them, first_of(unit) the first that may be seen. Fills states [units, m], acc [units, m, value_dim].
-void AttendSplits(const Splits& splits, size_t units, size_t m, size_t key_dim, size_t value_dim, const float* queries,
-                  const std::function<Rows(size_t)>& rows_of, const std::function<size_t(size_t)>& first_of,
-                  SoftmaxRow* states, float* acc, const Kernels& k, const Parallel& parallel);
+// What decode attends with: one query a head, [batch, groups, m, key_dim].
+struct DecodeShape {
+  size_t batch, groups, m, key_dim, value_dim;
+  size_t heads() const { return groups * m; }
+};
+
+// Attends to past rows split by split: rows_of(b) gives those of a sequence, first_of(b) the first that may be seen. Fills
+// states [batch, groups, m] and acc [batch, groups, m, value_dim].
+void AttendSplits(const Splits& splits, const DecodeShape& shape, const float* queries, const std::function<Rows(size_t)>& rows_of,
+                  const std::function<size_t(size_t)>& first_of, SoftmaxRow* states, float* acc, const Kernels& k,
+                  const Parallel& parallel);
 
 }  // namespace mythos

@@ -35,9 +35,10 @@ class Grouped {
     k.scale(queries, a.scale, tokens * heads * a.head_dim);
   }
 
+  // From one key/value head on.
   Rows PastRows(size_t b, size_t kv_head) const {
     const size_t at = kv_head * a.head_dim;
-    return a.past.Sequence(b, a.capacity, width, static_cast<size_t>(a.past_len[b]), at, kv_dim + at);
+    return a.past.Sequence(b, a.capacity, width, static_cast<size_t>(a.past_len[b]), at, kv_dim + at, a.head_dim);
   }
 
   // The first position that the token at `position` sees.
@@ -53,8 +54,8 @@ class Grouped {
       to[i] = s + 1;
     }
     const float* rows = fresh.get() + b * a.seq * width;
-    Attend({queries, m, a.head_dim, a.head_dim, from.data(), to.data(), acc, state},
-           {CacheType::kFloat32, rows, nullptr, width, at, kv_dim + at, a.seq}, k);
+    Attend({queries, 1, m, a.head_dim, a.head_dim, from.data(), to.data(), acc, state},
+           {CacheType::kFloat32, rows, nullptr, width, at, kv_dim + at, a.head_dim, a.seq}, k);
     for (size_t i = 0; i < m; ++i) {
       const size_t t = b * a.seq + s0 + i / heads;
       float* y = a.y + (t * a.n_heads + h0 + i % heads) * a.head_dim;
@@ -76,10 +77,10 @@ void Decode(const Grouped& grouped, const Splits& splits, const Parallel& parall
   std::vector<SoftmaxRow> states(n);
   for (size_t b = 0; b < a.batch; ++b) grouped.MakeQueries(b, 0, 1, 0, a.n_heads, queries.get() + b * a.n_heads * a.head_dim);
   AttendSplits(
-      splits, units, grouped.group, a.head_dim, a.head_dim, queries.get(),
-      [&](size_t unit) { return grouped.PastRows(unit / a.n_kv_heads, unit % a.n_kv_heads); },
-      [&](size_t unit) { return grouped.FirstSeen(static_cast<size_t>(a.past_len[unit / a.n_kv_heads])); }, states.data(),
-      acc.get(), grouped.k, parallel);
+      splits, {a.batch, a.n_kv_heads, grouped.group, a.head_dim, a.head_dim}, queries.get(),
+      [&](size_t b) { return grouped.PastRows(b, 0); },
+      [&](size_t b) { return grouped.FirstSeen(static_cast<size_t>(a.past_len[b])); }, states.data(), acc.get(), grouped.k,
+      parallel);
   ForEach(parallel, units, [&](size_t unit) {
     const size_t first = unit * grouped.group;
     grouped.Finish(unit / a.n_kv_heads, 0, 1, first % a.n_heads, grouped.group, queries.get() + first * a.head_dim,
@@ -115,7 +116,7 @@ void GroupedQueryAttention(const GroupedQueryAttentionArgs& a, const Kernels& k,
     std::vector<size_t> from(m);
     const std::vector<size_t> to(m, past.count);
     for (size_t i = 0; i < m; ++i) from[i] = grouped.FirstSeen(past.count + s0 + i / heads);
-    Attend({queries, m, a.head_dim, a.head_dim, from.data(), to.data(), acc, state}, past, k);
+    Attend({queries, 1, m, a.head_dim, a.head_dim, from.data(), to.data(), acc, state}, past, k);
     grouped.Finish(b, s0, tokens, h0, heads, queries, acc, state);
   });
 }

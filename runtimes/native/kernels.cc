@@ -133,7 +133,9 @@ HWY_INLINE void AccumulateRows(const float* x, size_t ldx, size_t m, const float
                                float* y, size_t ldy) {
   constexpr size_t kRows = 2 * kTileM;
   size_t i = 0;
-  for (; i + kRows <= m; i += kRows) AccumulateTile<kRows, N>(x + i * ldx, ldx, w, ldw, k, lanes, y + i * ldy, ldy);
+  if constexpr (kRows * N <= 16)
+    for (; i + kRows <= m; i += kRows) AccumulateTile<kRows, N>(x + i * ldx, ldx, w, ldw, k, lanes, y + i * ldy, ldy);
+  for (; i + kTileM <= m; i += kTileM) AccumulateTile<kTileM, N>(x + i * ldx, ldx, w, ldw, k, lanes, y + i * ldy, ldy);
   for (; i + 2 <= m; i += 2) AccumulateTile<2, N>(x + i * ldx, ldx, w, ldw, k, lanes, y + i * ldy, ldy);
   for (; i < m; ++i) AccumulateTile<1, N>(x + i * ldx, ldx, w, ldw, k, lanes, y + i * ldy, ldy);
 }
@@ -141,6 +143,8 @@ HWY_INLINE void AccumulateRows(const float* x, size_t ldx, size_t m, const float
 void MatMulNN(const float* x, size_t ldx, size_t m, const float* w, size_t ldw, size_t k, size_t n, float* y,
               size_t ldy) {
   size_t j = 0;
+  if (m < 2 * kTileM)  // few rows: wider, so that as many sums run at a time
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes) AccumulateRows<4>(x, ldx, m, w + j, ldw, k, kLanes, y + j, ldy);
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) AccumulateRows<2>(x, ldx, m, w + j, ldw, k, kLanes, y + j, ldy);
   for (; j < n; j += kLanes) AccumulateRows<1>(x, ldx, m, w + j, ldw, k, n - j < kLanes ? n - j : kLanes, y + j, ldy);
 }

@@ -45,7 +45,7 @@ class Latent {
     k.scale(queries, a.scale, tokens * heads * width);
   }
 
-  Rows PastRows(size_t b) const { return a.past.Sequence(b, a.capacity, width, static_cast<size_t>(a.past_len[b]), 0, 0); }
+  Rows PastRows(size_t b) const { return a.past.Sequence(b, a.capacity, width, static_cast<size_t>(a.past_len[b]), 0, 0, 0); }
 
   // Lets the same queries see the new rows up to their own, and writes their results.
   void Finish(size_t b, size_t s0, size_t tokens, size_t h0, size_t heads, const float* queries, float* acc, SoftmaxRow* state) const {
@@ -54,8 +54,8 @@ class Latent {
     std::vector<size_t> to(m);
     for (size_t i = 0; i < m; ++i) to[i] = s0 + i / heads + 1;
     const float* rows = fresh.get() + b * a.seq * width;
-    Attend({queries, m, width, a.rank, from.data(), to.data(), acc, state},
-           {CacheType::kFloat32, rows, nullptr, width, 0, 0, a.seq}, k);
+    Attend({queries, 1, m, width, a.rank, from.data(), to.data(), acc, state},
+           {CacheType::kFloat32, rows, nullptr, width, 0, 0, 0, a.seq}, k);
     for (size_t i = 0; i < m; ++i) k.scale(acc + i * a.rank, 1.0f / state[i].sum, a.rank);
     Scratch out(CeilDiv(tokens, kPanel) * kPanel * a.v_head_dim);
     for (size_t h = 0; h < heads; ++h) {
@@ -93,7 +93,7 @@ void Decode(const Latent& latent, const Splits& splits, const Parallel& parallel
     latent.MakeQueries(b, 0, 1, h0, heads, queries.get() + first * latent.width);
   });
   AttendSplits(
-      splits, a.batch, a.n_heads, latent.width, a.rank, queries.get(), [&](size_t b) { return latent.PastRows(b); },
+      splits, {a.batch, 1, a.n_heads, latent.width, a.rank}, queries.get(), [&](size_t b) { return latent.PastRows(b); },
       [](size_t) { return size_t{0}; }, states.data(), acc.get(), latent.k, parallel);
   for_heads([&](size_t b, size_t h0, size_t heads, size_t first) {
     latent.Finish(b, 0, 1, h0, heads, queries.get() + first * latent.width, acc.get() + first * a.rank, states.data() + first);
@@ -123,7 +123,7 @@ void LatentAttention(const LatentAttentionArgs& a, const Kernels& k, const Paral
     Start(state, acc, m, a.rank);
     const Rows past = latent.PastRows(b);
     const std::vector<size_t> from(m, 0), to(m, past.count);
-    Attend({queries, m, latent.width, a.rank, from.data(), to.data(), acc, state}, past, k);
+    Attend({queries, 1, m, latent.width, a.rank, from.data(), to.data(), acc, state}, past, k);
     latent.Finish(b, s0, tokens, h0, heads, queries, acc, state);
   });
 }
