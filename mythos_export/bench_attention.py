@@ -28,7 +28,7 @@ from runtimes.errors import InputError
 from runtimes.onnxruntime_backend import session_options
 from runtimes.runner import load
 
-CACHES = {
+CACHES: dict[str, tuple[int, np.dtype[Any]]] = {
     "float32": (TensorProto.FLOAT, np.dtype(np.float32)),
     "float16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "int8": (TensorProto.INT8, np.dtype(np.int8)),

@@ -12,12 +12,13 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
+from harness import OPERATORS, in_native, in_torch
 
-from mythos_export import ops
+from calibration.round_to_nearest import pack_int4, round_to_nearest
 from mythos_export.inspection import doctor
+from mythos_export.quantize import quantize_bundle
 from runtimes import native_operators
 from runtimes.errors import BackendError
 from runtimes.runner import load
@@ -33,38 +34,60 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=GENERATOR)
 
 
-def run_native(name: str, tensors: list[torch.Tensor], attributes: str) -> list[np.ndarray]:
-    from test_operators import one_node_model
+def quantized(weight: torch.Tensor, bits: int, block_size: int) -> list[torch.Tensor]:
+    values, scales = round_to_nearest(weight, bits, block_size)
+    return [pack_int4(values) if bits == 4 else values, scales]
 
-    operator = next(operator for operator in ops.OPERATORS if operator.name == name)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.register_custom_ops_library(str(native_operators.LIBRARY))
-    session = onnxruntime.InferenceSession(one_node_model(operator, tensors, attributes).SerializeToString(), options)
-    return session.run(None, {i[0]: tensor.numpy() for i, tensor in zip(operator.inputs, tensors, strict=True)})
+
+def check_native(name: str, tensors: list[torch.Tensor], attributes: dict[str, float], atol: float = 5e-5) -> None:
+    """Every instruction set agrees with float64."""
+    truth = in_torch(OPERATORS[name], tensors, attributes, double=True)
+    for instruction_set, outputs in in_native(OPERATORS[name], tensors, attributes).items():
+        for output, expected in zip(outputs, truth, strict=True):
+            np.testing.assert_allclose(output, expected, rtol=1e-4, atol=atol, err_msg=f"{name}, {instruction_set}")
 
 
 @needs_library
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "dim", "hidden"),
-    [(1, 128, 8, 70, 33), (5, 3, 2, 17, 50), (512, 1, 1, 24, 9), (333, 128, 4, 40, 49), (64, 16, 2, 129, 97)],
+    [(1, 128, 8, 70, 34), (5, 3, 2, 18, 50), (512, 1, 1, 24, 10), (333, 128, 4, 40, 50), (64, 16, 2, 130, 98)],
 )
-def test_mixture_of_many_sizes(tokens: int, experts: int, top_k: int, dim: int, hidden: int) -> None:
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_mixture_of_many_sizes(tokens: int, experts: int, top_k: int, dim: int, hidden: int, bits: int) -> None:
     """One to 512 tokens, one to 128 experts, many of them without tokens; then every token to one expert."""
-    tensors = [randn(1, tokens, dim), randn(dim, experts), randn(experts)]
-    tensors += [randn(experts, 2 * hidden, dim) / dim**0.5, randn(experts, dim, hidden) / hidden**0.5]
+    tensors = [randn(1, tokens, dim), torch.ones(dim), randn(experts, dim), randn(experts)]
+    weights = [randn(experts + 1, 2 * hidden, dim) / dim**0.5, randn(experts + 1, dim, hidden) / hidden**0.5]
+    attributes: dict[str, float] = {"top_k": top_k, "epsilon": 1e-6}
+    if bits < 32:
+        weights = [part for weight in weights for part in quantized(weight, bits, 64)]
+        attributes |= {"bits": bits, "block_size": 64, "activation_bits": 32}
+    name = "MixtureOfExperts" if bits == 32 else "QuantizedMixtureOfExperts"
     for crowded in (False, True):
         if crowded:
-            tensors[2][0] = 1e4
-        (y,) = run_native("MixtureOfExperts", tensors, f"top_k = {top_k}")
-        expected = torch.ops.mythos.mixture_of_experts(*(tensor.double() for tensor in tensors), top_k)
-        np.testing.assert_allclose(y, expected.numpy(), rtol=1e-4, atol=2e-5)
+            tensors[3][0] = 1e4
+        check_native(name, [*tensors, *weights], attributes)
 
 
 @needs_library
-@pytest.mark.parametrize(("lengths", "seq"), [([700, 3], 1), ([0], 200), ([130, 0, 64], 67)])
-def test_attention_over_many_rows(lengths: list[int], seq: int) -> None:
-    """Several blocks of rows and tiles of tokens, ragged, NaN in every dead row."""
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_integer_products_of_many_sizes(bits: int, block_size: int) -> None:
+    """Rows of many chunks and groups of scales, few tokens and many: integer sums equal those of the rounded numbers."""
+    for tokens, n_in, n_out in ((1, 2050, 70), (4, 640, 33), (37, 1034, 50), (130, 514, 9)):
+        x, pair = randn(1, tokens, n_in), quantized(randn(n_out, n_in) / n_in**0.5, bits, block_size)
+        attributes = {"block_size": block_size, "activation_bits": 8}
+        operator = OPERATORS["QuantizedResidualLinear"]
+        tensors = [randn(1, tokens, n_out), x, *pair]
+        truth = in_torch(operator, tensors, attributes, double=False)[0]
+        for instruction_set, outputs in in_native(operator, tensors, attributes).items():
+            np.testing.assert_allclose(outputs[0], truth, rtol=1e-4, atol=1e-4, err_msg=instruction_set)
+
+
+@needs_library
+@pytest.mark.parametrize(("lengths", "seq"), [([700, 3], 1), ([0], 200), ([130, 0, 64], 67), ([1500], 1)])
+@pytest.mark.parametrize("window", [0, 100])
+def test_attention_over_many_rows(lengths: list[int], seq: int, window: int) -> None:
+    """Several blocks and splits of rows and tiles of tokens, ragged, NaN in every dead row."""
     batch, heads, nope, half, value, rank = len(lengths), 5, 12, 4, 10, 20
 
     def rows_of(width: int) -> list[torch.Tensor]:
@@ -75,32 +98,25 @@ def test_attention_over_many_rows(lengths: list[int], seq: int) -> None:
 
     cos, sin = randn(batch, seq, half), randn(batch, seq, half)
     tensors = [randn(batch, seq, heads * (nope + 2 * half)), randn(batch, seq, rank + 2 * half), torch.ones(rank)]
-    tensors += [randn(heads, nope, rank) / 4, randn(heads, value, rank) / 4, cos, sin, *rows_of(rank + 2 * half)]
-    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
-    for got, expected in zip(
-        run_native("LatentAttention", tensors, "scale = 0.2, epsilon = 1e-6"),
-        torch.ops.mythos.latent_attention(*wide, 0.2, 1e-6),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=5e-5)
+    tensors += [randn(heads, rank, nope) / 4, randn(heads, value, rank) / 4, cos, sin, *rows_of(rank + 2 * half)]
+    check_native("LatentAttention", tensors, {"scale": 0.2, "epsilon": 1e-6})
     kv_heads, group = 2, 3
     tensors = [randn(batch, seq, (kv_heads * group + 2 * kv_heads) * 2 * half), cos, sin]
     tensors += rows_of(4 * kv_heads * half)
-    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
-    for got, expected in zip(
-        run_native(
-            "GroupedQueryAttention", tensors, f"n_heads = {kv_heads * group}, n_kv_heads = {kv_heads}, scale = 0.2"
-        ),
-        torch.ops.mythos.grouped_query_attention(*wide, kv_heads * group, kv_heads, 0.2),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=5e-5)
+    attributes = {"n_heads": kv_heads * group, "n_kv_heads": kv_heads, "window": window, "scale": 0.2}
+    check_native("GroupedQueryAttention", tensors, attributes)
 
 
 @needs_library
 @pytest.mark.parametrize("which", ["tiny_bundle", "fixed_bundle"])
-def test_same_tokens_with_and_without(which: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("recipe", [None, "int8", "int4"])
+def test_same_tokens_with_and_without(
+    which: str, recipe: str | None, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     bundle = request.getfixturevalue(which)
+    if recipe:
+        quantize_bundle(bundle, tmp_path / recipe, recipe, activation_bits=32)
+        bundle = tmp_path / recipe
     native, portable = load(bundle, native=True), load(bundle, native=False)
     assert native.native
     assert not portable.native
@@ -108,6 +124,22 @@ def test_same_tokens_with_and_without(which: str, request: pytest.FixtureRequest
     for prompt in prompts:
         assert native.generate(prompt, 64).complete().ids == portable.generate(prompt, 64).complete().ids
     assert native.generate(prompts, 32).complete().ids == portable.generate(prompts, 32).complete().ids
+
+
+@needs_library
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_rounded_activations_with_and_without(fixed_bundle: Path, tmp_path: Path, recipe: str) -> None:
+    """Where activations are rounded to 8 bits, the last bit of a float may move one by a level: the two agree to the noise of that,
+    and differ in the likeliest token only where two were as good as equal."""
+    quantize_bundle(fixed_bundle, tmp_path / recipe, recipe)
+    native, portable = load(tmp_path / recipe, native=True), load(tmp_path / recipe, native=False)
+    text = "ROMEO.\nBut soft, what light through yonder window breaks? It is the east, and Juliet is the sun.\n" * 4
+    a, b = native.score(text, logits=True), portable.score(text, logits=True)
+    assert np.abs(a - b).mean() < 0.01
+    differs = a.argmax(-1) != b.argmax(-1)
+    assert differs.mean() < 0.05
+    for row_a, row_b in zip(a[differs], b[differs], strict=True):
+        assert row_a.max() - row_a[row_b.argmax()] < 0.1
 
 
 @needs_library
@@ -129,9 +161,9 @@ def test_two_threads_give_what_one_gives(tiny_bundle: Path) -> None:
 
 @needs_library
 def test_shapes_that_do_not_fit_are_an_error_not_a_crash() -> None:
-    tensors = [randn(1, 2, 8), randn(8, 4), randn(4), randn(4, 6, 8), randn(4, 8, 5)]
+    tensors = [randn(1, 2, 8), torch.ones(8), randn(4, 8), randn(4), randn(4, 6, 8), randn(4, 8, 5)]
     with pytest.raises(Exception, match="do not fit each other"):
-        run_native("MixtureOfExperts", tensors, "top_k = 2")
+        in_native(OPERATORS["MixtureOfExperts"], tensors, {"top_k": 2, "epsilon": 1e-6})
 
 
 def test_a_library_that_cannot_be_loaded(tiny_bundle: Path, tmp_path: Path, monkeypatch, caplog) -> None:

@@ -49,7 +49,7 @@ def store_rows(rows: Tensor, past_kv: Tensor, dtype: torch.dtype) -> CachedRows:
         new_kv = rows.to(past_kv.dtype)
         return CachedRows(new_kv, None, new_kv.to(dtype))
     largest = rows.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > SMALLEST, 127.0 / largest, 0.0)
+    inverse = torch.where(largest > SMALLEST, torch.full_like(largest, 127.0) / largest, 0.0)
     levels, scale = (rows * inverse).round(), largest / 127.0
     return CachedRows(levels.to(torch.int8), scale.squeeze(-1).float(), (levels * scale).to(dtype))
 

@@ -41,7 +41,8 @@ def round_activations(x: Tensor, block_size: int, activation_bits: int) -> Tenso
     channels = x.shape[-1]
     blocks: Tensor = F.pad(x, (0, -channels % block_size)).unflatten(-1, (-1, block_size))
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > SMALLEST, 127.0 / largest, 0.0)
+    # A true quotient: torch computes 127.0 / x as 127 times the reciprocal.
+    inverse = torch.where(largest > SMALLEST, torch.full_like(largest, 127.0) / largest, 0.0)
     rounded: Tensor = ((blocks * inverse).round() * (largest / 127.0)).flatten(-2)[..., :channels]
     return rounded
 
