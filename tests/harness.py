@@ -37,7 +37,7 @@ def one_node_model(operator: Operator, tensors: Sequence[torch.Tensor], attribut
         kind, shape = KINDS[tensor.dtype], list(tensor.shape)
         names.append(name)
         if tensor.dtype in (torch.int8, torch.uint8):
-            if spec == "Q" and tensor.dtype == torch.uint8:
+            if spec in ("Q", "Q2") and tensor.dtype == torch.uint8:
                 kind, shape = TensorProto.INT4, [*shape[:-1], 2 * shape[-1]]
             initializers.append(helper.make_tensor(name, kind, shape, tensor.numpy().tobytes(), raw=True))
         elif tensor.dtype in (torch.float16, torch.bfloat16):

@@ -22,11 +22,16 @@ TYPES = {
     "X": (FLOATS, "float32, or the dtype of the matrices"),
     "C": ([*FLOATS, "tensor(int8)"], "the dtype of the cache"),
     "Q": (["tensor(int8)", "tensor(int4)"], "quantized weights"),
+    "Q2": (["tensor(int8)", "tensor(int4)"], "quantized weights of a second matrix"),
     "P": (["tensor(int8)", "tensor(uint8)"], "quantized weights; uint8: int4, two a byte, the first in the low half"),
     "S": (["tensor(float)", "tensor(float16)"], "scales of quantized weights"),
 }
 
-_ELEMENT_TYPES = {"tensor(float)": onnx.TensorProto.FLOAT, "tensor(int64)": onnx.TensorProto.INT64}
+_ELEMENT_TYPES = {
+    "tensor(float)": onnx.TensorProto.FLOAT,
+    "tensor(int64)": onnx.TensorProto.INT64,
+    "tensor(int8)": onnx.TensorProto.INT8,
+}
 
 Dim = int | str | None
 Shape = Sequence[Dim]

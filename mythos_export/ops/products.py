@@ -228,7 +228,8 @@ def quantized(
             if name not in weights:
                 out.append((name, {"T": "tensor(float)", "X": "tensor(float)"}.get(kind, kind), text))
                 continue
-            out.append((name, "P" if packed else "Q", f"{text}; int8 or int4"))
+            kind = "P" if packed else "Q" if name == weights[0] else "Q2"
+            out.append((name, kind, f"{text}; int8 or int4"))
             out.append((f"{name}_scale", "S", f"a scale for every block of input channels of {name}"))
         return tuple(out)
 
