@@ -48,6 +48,10 @@ def verify_bundle(
         raise InputError(
             f"{bundle}: was exported from another model than {checkpoint.source.name}; pass its own checkpoint"
         )
+    if runner.manifest.quantization is not None:
+        raise InputError(
+            f"{bundle}: is quantized, so it differs from its checkpoint by design; judge it with `mythos-export eval`"
+        )
     depths = [int(check_n_loops(runner.graph, depth, 1)[0]) for depth in (loops or [None])]  # type: ignore[list-item]
     ids = _input_ids(runner, text, tokens)
     weight_dtype = runner.graph.weight_dtype

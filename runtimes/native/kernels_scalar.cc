@@ -32,10 +32,16 @@ void MatMulPanel(const float* a, size_t row_stride, size_t k_stride, size_t rows
 
 // IEEE 754 binary16, as any processor can read it.
 float HalfToFloat(uint16_t half) {
-  const int exponent = half >> 10 & 31, fraction = half & 1023;
-  float magnitude = std::ldexp(static_cast<float>(fraction + (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
-  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
-  return half & 0x8000 ? -magnitude : magnitude;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+  uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
+  if (exponent == 0) {
+    const float subnormal = static_cast<float>(fraction) * 5.9604644775390625e-08f;
+    std::memcpy(&bits, &subnormal, sizeof bits);
+    bits |= sign;
+  }
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 float ScaleOf(const QuantizedRows& w, size_t row, size_t block) {
@@ -106,7 +112,10 @@ void MatMulQuantizedPanels(const QuantizedTokens& x, size_t panels, const Quanti
 bool Biased(int) { return false; }
 
 void Dequantize(const QuantizedRows& w, size_t row, float* out) {
-  for (size_t i = 0; i < w.k; ++i) out[i] = ScaleOf(w, row, i / w.block) * static_cast<float>(WeightOf(w, row, i));
+  for (size_t b = 0; b < w.blocks(); ++b) {
+    const float scale = ScaleOf(w, row, b);
+    for (size_t i = b * w.block; i < std::min(w.k, (b + 1) * w.block); ++i) out[i] = scale * static_cast<float>(WeightOf(w, row, i));
+  }
 }
 
 void Widen(CacheType type, const void* from, size_t n, float scale, float* out) {
