@@ -111,7 +111,7 @@ def test_bad_input(tiny_bundle: Path, shakespeare: Path, tmp_path: Path) -> None
         with pytest.raises(InputError, match=message):
             quantize_bundle(tiny_bundle, tmp_path / "q", **arguments)
     export_bundle(shakespeare, tmp_path / "half", dtype="float16")
-    with pytest.raises(InputError, match="export.* --dtype float32"):
+    with pytest.raises(InputError, match="--dtype float32"):
         quantize_bundle(tmp_path / "half", tmp_path / "q", "int8")
     quantize_bundle(tiny_bundle, tmp_path / "q", "int8")
     with pytest.raises(InputError, match="its weights are int8"):
