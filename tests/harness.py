@@ -97,9 +97,11 @@ def in_native(
         return {}
     session, feeds = session_of(one_node_model(operator, tensors, attributes), native=True), feeds_of(operator, tensors)
     best, results = native_operators.instruction_set(), {}
-    for instruction_set in filter(native_operators.use_instruction_set, INSTRUCTION_SETS):
-        results[f"native {instruction_set}"] = session.run(None, feeds)
-    native_operators.use_instruction_set(best)
+    try:
+        for instruction_set in filter(native_operators.use_instruction_set, INSTRUCTION_SETS):
+            results[f"native {instruction_set}"] = session.run(None, feeds)
+    finally:
+        native_operators.use_instruction_set(best)
     return results
 
 
