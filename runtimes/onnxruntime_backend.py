@@ -124,7 +124,7 @@ def _choose(manifest: Manifest) -> Graph:
     """The float32 graph: onnxruntime's CPU kernels compute in float32, whatever the weights are stored in."""
     for graph in manifest.graphs:
         if graph.dtype == "float32":
-            if graph.weight_dtype != "float32":
+            if graph.weight_dtype in ("float16", "bfloat16"):
                 _say_once(
                     f"onnxruntime's CPU kernels do not compute in {graph.weight_dtype}: "
                     "the weights are converted to float32 at load"

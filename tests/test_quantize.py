@@ -55,7 +55,7 @@ def test_weights_that_cannot_be_quantized_are_named(value: float) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "worse"), [("int8", 1.002), ("int4", 1.3)])
-def test_a_quantized_bundle(tiny_bundle: Path, tmp_path: Path, recipe: str, worse: float) -> None:
+def test_a_quantized_bundle(tiny_bundle: Path, tmp_path: Path, recipe: str, worse: float, caplog) -> None:
     manifest = quantize_bundle(tiny_bundle, tmp_path / "q", recipe)
     assert manifest.graphs[0].weight_dtype == recipe
     assert manifest.quantization is not None
@@ -68,6 +68,7 @@ def test_a_quantized_bundle(tiny_bundle: Path, tmp_path: Path, recipe: str, wors
             assert kind == onnx.TensorProto.FLOAT, name
     before, after = (float(np.exp(-load(path).score(TEXT).mean())) for path in (tiny_bundle, tmp_path / "q"))
     assert after < before * worse
+    assert "converted to float32" not in caplog.text
     weights = "weights.bin"
     assert manifest.files[weights].size < 0.5 * open_bundle(tiny_bundle)[1].files[weights].size
 
