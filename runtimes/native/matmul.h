@@ -95,9 +95,9 @@ class Activations {
   static constexpr size_t kFewTokens = 5;  // below this, dot products beat panels that are mostly empty
 
   size_t Floats(const Matrix& w) {
-    if (!integer_) return (panels_ ? groups() * kPanel : m_) * k_;
+    if (!integer_) return lanes() * k_;
     tokens_.k = w.k, tokens_.block = w.block, tokens_.bits = w.type == WeightType::kInt4 ? 4 : 8;
-    return NumScales() + NumOffsets() + (panels_ ? groups() * kPanel : m_) * tokens_.padded_k() / 4;
+    return NumScales() + NumOffsets() + lanes() * tokens_.padded_k() / 4;
   }
   size_t NumScales() const { return panels_ ? CeilDiv(groups() * tokens_.blocks() * kPanel, 16) * 16 : m_ * tokens_.padded_blocks(); }
   size_t NumOffsets() const { return panels_ ? NumScales() : m_ * tokens_.padded_offsets(); }
