@@ -1,0 +1,242 @@
+"""From a float32 bundle to a quantized one: plan, calibrate, apply, write. Weights are streamed, a piece at a time."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx_ir as ir
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from calibration.rounding import pack_int4
+from calibration.statistics import Statistics
+from calibration.text import Sample, sample
+from mythos_export import __version__
+from mythos_export.config import ModelConfig
+from mythos_export.export import GRAPH_FILE, WEIGHTS_FILE, Progress, attach_functions, bytes_of, pad_for, write_graph
+from mythos_export.quantize.calibrate import Calibration
+from mythos_export.quantize.compute import CACHE_LIMIT, Quantizer
+from mythos_export.quantize.graph import Rewriter, scales_name, values_name
+from mythos_export.quantize.plan import Plan, make_plan, matrix_table
+from mythos_export.quantize.recipe import Recipe, load_recipe
+from mythos_export.quantize.weights import mapped, stored_tensors
+from mythos_export.trace import trace
+from runtimes.bundle import BundleWriter, HashedFile, Manifest, open_bundle
+from runtimes.errors import InputError
+
+_SMALL_FILES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Text:
+    """Calibration text: what `calibration.text.sample` takes."""
+
+    source: str | Path
+    n_sequences: int = 128
+    length: int = 512
+    seed: int = 0
+
+
+class QuantizableBundle:
+    """A float32 bundle opened for quantization. Raises BundleError or InputError for one that is not."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder, self.manifest = open_bundle(path)
+        self.graph = self.manifest.graphs[0]
+        if self.manifest.quantization is not None or self.graph.weight_dtype != "float32":
+            raise InputError(
+                f"{path}: its weights are {self.graph.weight_dtype}; quantize a bundle exported with --dtype float32"
+            )
+        self.config = ModelConfig.from_dict(self.manifest.model)
+        self.model = ir.load(self.folder / self.graph.file)
+        self.stored = stored_tensors(self.model)
+        self.weights = {name: mapped(tensor) for name, tensor in self.stored.items()}
+
+    @property
+    def n_loops(self) -> int:
+        """The depth that calibration runs: the bundle's own."""
+        return self.graph.default_loops if self.graph.loops is None else self.graph.loops
+
+    def sample(self, text: Text) -> Sample:
+        """Token ids [N, T] to calibrate with. Raises InputError for text that does not serve."""
+        encode = None
+        if self.manifest.tokenizer:
+            tokenizer = Tokenizer.from_file(str(self.folder / self.manifest.tokenizer))
+
+            def encode(document: str) -> list[int]:
+                ids: list[int] = tokenizer.encode(document).ids
+                return ids
+
+        length = min(text.length, self.config.max_seq_len)
+        return sample(text.source, encode, self.config.vocab_size, text.n_sequences, length, text.seed)
+
+    def calibration(
+        self, plan: Plan, text: Text, folder: str | Path, share: tuple[int, int] = (1, 1), progress: Progress | None = None
+    ) -> Calibration:
+        """What runs the model over the text, keeping statistics in the folder."""
+        sha256 = self.manifest.files[self.graph.weights[0]].sha256
+        chosen = self.sample(text)
+        return Calibration(plan, self.weights, chosen, Path(folder), self.n_loops, sha256, share, progress)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantize_bundle made. quantizer: with the outcome of every matrix. statistics: None for recipes without text."""
+
+    manifest: Manifest
+    quantizer: Quantizer
+    statistics: Statistics | None
+
+
+def quantize_bundle(
+    bundle: str | Path,
+    target: str | Path,
+    recipe: str | Recipe,
+    *,
+    text: Text | None = None,
+    statistics: Sequence[str | Path] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Writes a quantized copy of a float32 bundle.
+
+    recipe: a Recipe, or names as load_recipe takes them. text: what to calibrate with; needed by recipes that rest on statistics,
+    unless `statistics` names the folders that `mythos-export calibrate` made. A run that was killed while calibrating goes on where
+    it stopped: its statistics stand beside the target until the bundle is written.
+    Raises BundleError or InputError before anything is written.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    source = QuantizableBundle(bundle)
+    plan = make_plan(recipe, source.config)
+    _check_text(recipe, text, statistics)
+    size = sum(entry.size for entry in source.manifest.files.values()) + _SMALL_FILES
+    folder = Path(target).with_name(f".{Path(target).name}.calibration")
+    with BundleWriter(target, force=force, needed_bytes=size) as writer:
+        calibration = source.calibration(plan, text, folder, progress=progress) if text else None
+        found = _statistics(recipe, calibration, statistics)
+        quantizer = Quantizer(plan, source.weights, found)
+        if recipe.needs_ranges and calibration is not None:
+            quantizer.set_ranges(calibration.ranges(quantizer.factors))
+        model = _graph(source, plan, quantizer)
+        _write_weights(writer.create(WEIGHTS_FILE), model, source, quantizer, progress or (lambda *_: None))
+        attach_functions(model)
+        write_graph(writer.create(GRAPH_FILE), model)
+        if source.manifest.tokenizer:
+            writer.create(source.manifest.tokenizer).write((source.folder / source.manifest.tokenizer).read_bytes())
+        manifest = writer.commit(_manifest(source, plan, quantizer, calibration, found))
+    shutil.rmtree(folder, ignore_errors=True)
+    return Quantized(manifest, quantizer, found)
+
+
+def _check_text(recipe: Recipe, text: Text | None, statistics: Sequence[str | Path]) -> None:
+    if recipe.needs_ranges and text is None:
+        raise InputError("the recipe has static activation scales, which come from text; pass --text")
+    if recipe.needs_statistics and text is None and not statistics:
+        raise InputError("the recipe rests on calibration; pass --text, or --statistics made by `mythos-export calibrate`")
+
+
+def _statistics(
+    recipe: Recipe, calibration: Calibration | None, folders: Sequence[str | Path]
+) -> Statistics | None:
+    if not recipe.needs_statistics:
+        return None
+    if folders:
+        return Statistics(folders)
+    return calibration.statistics() if calibration else None
+
+
+def _graph(source: QuantizableBundle, plan: Plan, quantizer: Quantizer) -> ir.Model:
+    """The bundle's graph in its quantized form; traced anew where the cache changes."""
+    model, cache = source.model, plan.recipe.kv_cache
+    if cache is not None:
+        row_scale = 1.0 / CACHE_LIMIT if cache.scale == "channel" else 0.0
+        graph = source.graph
+        model = trace(
+            source.config,
+            loops=graph.loops,
+            max_loops=graph.max_loops,
+            cache_dtype="int8",
+            row_scale=row_scale,
+        ).model
+        for name, tensor in source.stored.items():
+            if name in model.graph.initializers:
+                model.graph.initializers[name].const_value = tensor
+    scales = {operator: quantizer.activation_scales(matrices) for operator, matrices in plan.operators()}
+    Rewriter(model, plan, {operator: table for operator, table in scales.items() if table is not None}).run()
+    return model
+
+
+def _manifest(
+    source: QuantizableBundle,
+    plan: Plan,
+    quantizer: Quantizer,
+    calibration: Calibration | None,
+    statistics: Statistics | None,
+) -> Manifest:
+    formats = {matrix.form.kind for matrix in plan.matrices.values()} or {"float32"}
+    uncalibrated = {name: outcome.uncalibrated for name, outcome in quantizer.outcomes.items() if outcome.uncalibrated}
+    record: dict[str, Any] = {
+        "recipe": msgspec.to_builtins(plan.recipe),
+        "matrices": matrix_table(plan),
+        "text": None if calibration is None else calibration.sample.record,
+        "n_loops": source.n_loops if statistics else None,
+        "uncalibrated_experts": {name: {str(e): n for e, n in seen.items()} for name, seen in uncalibrated.items()},
+    }
+    main = max(formats, key=lambda kind: sum(m.n_bytes for m in plan.matrices.values() if m.form.kind == kind))
+    changes: dict[str, Any] = {"cache_dtype": "int8"} if plan.recipe.kv_cache else {}
+    graph = msgspec.structs.replace(
+        source.graph, file=GRAPH_FILE, weights=(WEIGHTS_FILE,), weight_dtype=main, **changes
+    )
+    return msgspec.structs.replace(
+        source.manifest,
+        producer=f"mythos-export {__version__}",
+        graphs=(graph,),
+        quantization=record,
+        parity=None,
+    )
+
+
+def _write_weights(
+    file: HashedFile, model: ir.Model, source: QuantizableBundle, quantizer: Quantizer, tell: Progress
+) -> None:
+    """Writes every tensor of the new graph, quantizing on the way, and points the graph at them."""
+    initializers = model.graph.initializers
+    total, done = sum(tensor.size for tensor in source.stored.values()), 0
+    changed, planned = quantizer.changed, quantizer.plan.matrices
+    for name, tensor in source.stored.items():
+        if name in planned:
+            scales: list[Tensor] = []
+            _write(file, initializers[values_name(name)], _values(quantizer, name, scales))
+            _write(file, initializers[scales_name(name)], iter(scales))
+        elif name in initializers:
+            _write(file, initializers[name], iter([quantizer.tensor(name) if name in changed else source.weights[name]]))
+        done += tensor.size
+        tell("quantizing", done, total)
+
+
+def _values(quantizer: Quantizer, name: str, scales: list[Tensor]) -> Iterator[Tensor]:
+    """A matrix as the file holds it, piece by piece; its scales are added to the list."""
+    is_int4 = quantizer.plan.matrices[name].form.kind == "int4"
+    for values, piece_scales in quantizer.quantized(name):
+        scales.append(piece_scales)
+        yield pack_int4(values) if is_int4 else values
+
+
+def _write(file: HashedFile, value: ir.Value, pieces: Iterator[Tensor]) -> None:
+    """Writes one tensor's pieces and makes them the value's."""
+    shape, dtype = ir.Shape(value.shape or ()), value.dtype
+    if dtype is None:
+        raise InputError(f"{value.name}: has no dtype; export the checkpoint again")
+    pad_for(file, math.ceil(math.prod(int(dim) for dim in shape) * dtype.itemsize))
+    start = file.size
+    for piece in pieces:
+        file.write(bytes_of(piece))
+    value.const_value = ir.ExternalTensor(
+        WEIGHTS_FILE, start, file.size - start, dtype, shape=shape, name=value.name or ""
+    )
