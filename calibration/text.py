@@ -238,7 +238,7 @@ def _dataset_documents(source: str) -> list[str]:
         ) from error
     try:
         dataset = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError) as error:  # what the package raises for names, configs, splits and the network
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # network; config or split; the rest
         raise InputError(
             f"{source}: no such file, and not readable as a Hugging Face dataset name[:config][:split]: {error}"
         ) from error

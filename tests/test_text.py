@@ -300,6 +300,10 @@ def test_a_tokenizer_that_does_not_know_the_text_is_refused(tmp_path):
         draw("known known known new " * 20)
 
 
+class DatasetsError(Exception):
+    """As in the package: the base of its errors, and of nothing else."""
+
+
 class FakeDataset(dict):
     @property
     def column_names(self):
@@ -317,6 +321,7 @@ def datasets(monkeypatch):
         return FakeDataset(module.answer)
 
     module = SimpleNamespace(load_dataset=load_dataset, called=[], answer={"text": ["abc", "", WORDS]})
+    module.exceptions = SimpleNamespace(DatasetsError=DatasetsError)
     monkeypatch.setitem(sys.modules, "datasets", module)
     return module
 
@@ -348,6 +353,7 @@ def test_a_dataset(datasets, source, called):
         ),
         (ValueError("BuilderConfig 'x' not found"), r"name\[:config\]\[:split\]: BuilderConfig"),
         (ConnectionError("offline"), "offline"),
+        (DatasetsError("An error occurred while generating the dataset"), "not readable as .* while generating"),
         ({"title": [], "label": []}, 'has the columns title, label; expected one named "text"'),
         ({"text": ["a", None]}, 'its column "text" does not hold strings only'),
         ({"text": ["", ""]}, "holds no text"),
