@@ -131,6 +131,11 @@ class Quantizer:
         passed = statistics.tokens[module] * (len(seen) if matrix.looped else 1)
         return float(seen.sum()), max(_LEAST_SHARE * passed, _LEAST_TOKENS * matrix.shape[-1])
 
+    def _moments(self, module: str, *keys: str) -> dict[str, Tensor]:
+        if self._statistics is None:
+            raise TypeError("the recipe needs statistics")
+        return self._statistics.moments(module, *keys)
+
     def _merged(self, module: str, with_hessian: bool) -> Inputs:
         """The loops of one module made one, by the recipe's rule."""
         keys = ("tokens", "weight", "magnitude", "square", "largest", *(("hessian",) if with_hessian else ()))
