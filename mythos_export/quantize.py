@@ -48,6 +48,7 @@ _WEIGHTS = {
     if operator.name.startswith("Quantized")
 }
 _PACKED = {operator.name for operator in ops.OPERATORS if any(kind == "P" for _, kind, _ in operator.inputs)}
+_ACTIVATION_TYPES = {8: ir.DataType.INT8, 32: ir.DataType.FLOAT}  # by activation_bits
 _INPUTS = {operator.name: [name for name, _, _ in operator.inputs] for operator in ops.OPERATORS}
 
 
@@ -79,7 +80,7 @@ def quantize_bundle(
         raise InputError(f'recipe is "{recipe}"; expected one of {", ".join(RECIPES)}')
     if block_size not in BLOCK_SIZES:
         raise InputError(f"block is {block_size}; expected one of {', '.join(map(str, BLOCK_SIZES))}")
-    if activation_bits not in (8, 32):
+    if activation_bits not in _ACTIVATION_TYPES:
         raise InputError(f"activation bits are {activation_bits}; expected 8 or 32")
     folder, manifest = open_bundle(bundle)
     if manifest.quantization is not None or manifest.graphs[0].weight_dtype != "float32":
@@ -125,7 +126,8 @@ class _Rewriter:
         self.stored: dict[str, _Stored] = {}
         self._heads = {"embed", "head"}
         self._recipe = recipe
-        self._attributes = {"block_size": block_size, "activation_bits": activation_bits}
+        self._attributes = {"block_size": block_size, "activation_type": _ACTIVATION_TYPES[activation_bits].value}
+        self._no_scales = ir.Value(name="activation_scale.none", const_value=ir.tensor(np.zeros(0, np.float32)))
         self._block_size = block_size
         self._pairs: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.sources = {
@@ -147,6 +149,7 @@ class _Rewriter:
             self._embedding(node)
         for name in self.stored:
             del self.graph.initializers[name]
+        self.graph.register_initializer(self._no_scales)
 
     def _operator(self, node: ir.Node) -> None:
         quantized = f"Quantized{node.op_type}"
@@ -161,6 +164,7 @@ class _Rewriter:
         inputs: list[ir.Value | None] = []
         for name, value in names.items():
             inputs += self._pair(_value(value), bits[name], packed) if name in weights else [value]
+        inputs.append(self._no_scales)
         form = attributes | self._attributes
         n_outputs = len(node.outputs)
         _replace(node, ir.node(quantized, inputs, form, domain=ops.DOMAIN, name=node.name, num_outputs=n_outputs))

@@ -18,6 +18,7 @@ struct Matrix {
   const void* scales = nullptr;  // [n][ceil(k / block)]; none for float32
   bool half_scales = false;
   bool quantize_activations = true;  // quantized weights only: false computes in float, for checking
+  float activation_scale = 0.0f;     // of all quantized activations; 0: every block of every token has its own
   size_t n = 0, k = 0, block = 32;
 
   bool quantized() const { return type != WeightType::kFloat32; }
@@ -44,7 +45,7 @@ struct Matrix {
 class Activations {
  public:
   Activations(size_t m, const Matrix& w, const Kernels& kernels)
-      : m_(m), k_(w.k), panels_(m >= kFewTokens), integer_(w.integer()), kernels_(kernels), memory_(Floats(w)) {
+      : m_(m), k_(w.k), panels_(m >= kFewTokens), integer_(w.integer()), scale_(w.activation_scale), kernels_(kernels), memory_(Floats(w)) {
     if (!integer_) return;
     tokens_.scales = memory_.get();
     tokens_.offsets = reinterpret_cast<int32_t*>(tokens_.scales + NumScales());
@@ -70,7 +71,11 @@ class Activations {
     for (size_t i = 0; i < count; ++i) {
       const float* x = get(first + i, row);
       if (integer_) {
-        kernels_.quantize(x, k_, tokens_.block, q, scales);
+        if (scale_ > 0.0f) {
+          kernels_.quantize_static(x, k_, tokens_.block, scale_, q, scales);
+        } else {
+          kernels_.quantize(x, k_, tokens_.block, q, scales);
+        }
         std::memset(q + k_, 0, padded - k_);
         panels_ ? PutQuantizedLane(group, i, q, scales) : PutQuantizedRow(first + i, q, scales);
       } else if (panels_) {
@@ -108,6 +113,7 @@ class Activations {
 
   size_t m_, k_;
   bool panels_, integer_;
+  float scale_;
   const Kernels& kernels_;
   QuantizedTokens tokens_{};
   Scratch memory_;

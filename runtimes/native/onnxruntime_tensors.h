@@ -5,6 +5,7 @@
 #undef ORT_API_MANUAL_INIT
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -99,10 +100,11 @@ struct WeightForm {
     if (!quantized) return;
     const Ort::ConstKernelInfo attributes(info);
     block = static_cast<size_t>(attributes.GetAttribute<int64_t>("block_size"));
-    const int64_t bits = attributes.GetAttribute<int64_t>("activation_bits");
+    const int64_t type = attributes.GetAttribute<int64_t>("activation_type");
     Require(block == 32 || block == 64 || block == 128, "block_size is not 32, 64 or 128");
-    Require(bits == 8 || bits == 32, "activation_bits is not 8 or 32");
-    quantize_activations = bits == 8;
+    Require(type == kTypeFloat || type == kTypeInt8,
+            "activation_type is neither 1 (FLOAT) nor 3 (INT8), the only ones with native kernels; leave the native operators out");
+    quantize_activations = type == kTypeInt8;
   }
 
   // Matrices [..., n, k], and in the quantized form their scales, from the next inputs. `count` gets how many are stacked.
@@ -123,6 +125,22 @@ struct WeightForm {
     Require(scales.back(0) == CeilDiv(w.k, block) && scales.rows() == values.rows(), "scales do not fit their weights");
     return w;
   }
+
+  // The static scales of the matrices' inputs, from the last input of the quantized form: one for each, or none.
+  void ReadActivationScales(Inputs& in, std::initializer_list<Matrix*> matrices) const {
+    if (!quantized) return;
+    const Input scales = in.Next();
+    if (!quantize_activations || scales.size() == 0) return;
+    Require(scales.size() == matrices.size(), "activation_scale needs one scale for every matrix, or none at all");
+    const float* scale = scales.floats();
+    for (Matrix* w : matrices) {
+      Require(*scale > 0.0f && std::isfinite(*scale), "activation_scale holds a scale that is not positive and finite");
+      w->activation_scale = *scale++;
+    }
+  }
+
+ private:
+  static constexpr int64_t kTypeFloat = 1, kTypeInt8 = 3;  // of onnx.TensorProto
 };
 
 }  // namespace mythos::onnxruntime
