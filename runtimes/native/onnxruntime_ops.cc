@@ -11,7 +11,7 @@ namespace {
 using Type = ONNXTensorElementDataType;
 constexpr Type kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                kBFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64,
-               kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, kInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
+               kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, kInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4, kFloat8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN,
                kPackedInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 
 template <typename T>
@@ -299,18 +299,18 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Status<Kernel>, true> {
 class Registry {
  public:
   Registry() : domain("ai.mythos") {
-    ForWeights("NormalizedLinear", "QuantizedNormalizedLinear", {{kInt8}, {kInt4}}, [&](auto name, bool quantized, const Types& w) {
+    ForWeights("NormalizedLinear", "QuantizedNormalizedLinear", {{kInt8}, {kInt4}, {kFloat8}}, [&](auto name, bool quantized, const Types& w) {
       Add<NormalizedLinearKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
-    ForWeights("ResidualLinear", "QuantizedResidualLinear", {{kInt8}, {kInt4}}, [&](auto name, bool quantized, const Types& w) {
+    ForWeights("ResidualLinear", "QuantizedResidualLinear", {{kInt8}, {kInt4}, {kFloat8}}, [&](auto name, bool quantized, const Types& w) {
       Add<ResidualLinearKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
     // A matrix with an odd number of input channels stays int8 where the others are int4.
-    const std::vector<Types> pairs = {{kInt8, kInt8}, {kInt4, kInt4}, {kInt4, kInt8}, {kInt8, kInt4}};
+    const std::vector<Types> pairs = {{kInt8, kInt8}, {kInt4, kInt4}, {kInt4, kInt8}, {kInt8, kInt4}, {kFloat8, kFloat8}};
     ForWeights("FeedForward", "QuantizedFeedForward", pairs, [&](auto name, bool quantized, const Types& w) {
       Add<FeedForwardKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
-    ForWeights("MixtureOfExperts", "QuantizedMixtureOfExperts", {{kInt8, kInt8}, {kPackedInt4, kPackedInt4}},
+    ForWeights("MixtureOfExperts", "QuantizedMixtureOfExperts", {{kInt8, kInt8}, {kPackedInt4, kPackedInt4}, {kFloat8, kFloat8}},
                [&](auto name, bool quantized, const Types& w) {
                  Add<MixtureOfExpertsKernel>(name, quantized, Join({{kFloat, kFloat, kFloat, kFloat}, w}), {kFloat});
                });
