@@ -150,7 +150,7 @@ def _session(
         [node], "attention", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
     )
     imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.DOMAIN_VERSION)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=[operator.function])
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=[operator.functions[""]])
     options = session_options(threads, native)
     return onnxruntime.InferenceSession(model.SerializeToString(), options), feeds
 

@@ -187,11 +187,15 @@ def _attach(traced: Traced, offsets: dict[str, tuple[int, int]]) -> None:
 
 def attach_functions(model: ir.Model) -> None:
     """Gives the graph the portable bodies of the operators it uses, and no others."""
-    used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == ops.DOMAIN}
+    operators = {operator.name: operator for operator in ops.OPERATORS}
     model.functions.clear()
-    for operator in ops.OPERATORS:
-        if operator.name in used:
-            function = ir.serde.deserialize_function(operator.function)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain != ops.DOMAIN:
+            continue
+        operator = operators[node.op_type]
+        node.overload = operator.overload_for(value.dtype for value in node.inputs if value is not None)
+        if node.op_identifier() not in model.functions:
+            function = ir.serde.deserialize_function(operator.functions[node.overload])
             model.functions[function.identifier()] = function
     model.opset_imports[ops.DOMAIN] = ops.DOMAIN_VERSION
 

@@ -25,7 +25,9 @@ KINDS = {
     torch.int64: TensorProto.INT64,
     torch.int8: TensorProto.INT8,
     torch.uint8: TensorProto.UINT8,
+    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
 }
+STORED = (torch.int8, torch.uint8, torch.float8_e4m3fn)  # kept in the graph
 Attributes = dict[str, float]
 
 
@@ -36,17 +38,18 @@ def one_node_model(operator: Operator, tensors: Sequence[torch.Tensor], attribut
     for (name, spec, _), tensor in zip(operator.inputs, tensors, strict=True):
         kind, shape = KINDS[tensor.dtype], list(tensor.shape)
         names.append(name)
-        if tensor.dtype in (torch.int8, torch.uint8):
+        if tensor.dtype in STORED:
             if spec in ("Q", "Q2") and tensor.dtype == torch.uint8:
                 kind, shape = TensorProto.INT4, [*shape[:-1], 2 * shape[-1]]
-            initializers.append(helper.make_tensor(name, kind, shape, tensor.numpy().tobytes(), raw=True))
+            initializers.append(helper.make_tensor(name, kind, shape, tensor.view(torch.uint8).numpy().tobytes(), raw=True))
         elif tensor.dtype in (torch.float16, torch.bfloat16):
             inputs.append(helper.make_tensor_value_info(f"{name}_wide", TensorProto.FLOAT, shape))
             nodes.append(helper.make_node("Cast", [f"{name}_wide"], [name], to=kind))
         else:
             inputs.append(helper.make_tensor_value_info(name, kind, shape))
     outs = [name for name, _, _ in operator.outputs]
-    nodes.append(helper.make_node(operator.name, names, outs, domain=ops.DOMAIN, **attributes))
+    overload = operator.overload_for(KINDS[tensor.dtype] for tensor in tensors)
+    nodes.append(helper.make_node(operator.name, names, outs, domain=ops.DOMAIN, overload=overload, **attributes))
     nodes += [helper.make_node("Cast", [name], [f"{name}_out"], to=TensorProto.FLOAT) for name in outs]
     outputs = [
         helper.make_tensor_value_info(
@@ -56,7 +59,7 @@ def one_node_model(operator: Operator, tensors: Sequence[torch.Tensor], attribut
     ]
     imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.DOMAIN_VERSION)]
     graph = helper.make_graph(nodes, "one_node", inputs, outputs, initializers)
-    model = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=[operator.function])
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=[operator.functions[overload]])
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -66,7 +69,7 @@ def feeds_of(operator: Operator, tensors: Sequence[torch.Tensor]) -> dict[str, n
     for (name, _, _), tensor in zip(operator.inputs, tensors, strict=True):
         if tensor.dtype in (torch.float16, torch.bfloat16):
             feeds[f"{name}_wide"] = tensor.float().numpy()
-        elif tensor.dtype not in (torch.int8, torch.uint8):
+        elif tensor.dtype not in STORED:
             feeds[name] = tensor.numpy()
     return feeds
 

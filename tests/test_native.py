@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from harness import OPERATORS, in_native, in_torch
+from onnx import TensorProto
 
 from calibration.round_to_nearest import pack_int4, round_to_nearest
 from mythos_export.inspection import doctor
@@ -27,6 +28,7 @@ needs_library = pytest.mark.skipif(
     not native_operators.is_available(),
     reason="the native operators are not built; make native builds them, or says what is missing",
 )
+FLOAT, INT8 = TensorProto.FLOAT, TensorProto.INT8
 GENERATOR = torch.Generator().manual_seed(1)
 
 
@@ -59,8 +61,8 @@ def test_mixture_of_many_sizes(tokens: int, experts: int, top_k: int, dim: int, 
     weights = [randn(experts + 1, 2 * hidden, dim) / dim**0.5, randn(experts + 1, dim, hidden) / hidden**0.5]
     attributes: dict[str, float] = {"top_k": top_k, "epsilon": 1e-6}
     if bits < 32:
-        weights = [part for weight in weights for part in quantized(weight, bits, 64)]
-        attributes |= {"bits": bits, "block_size": 64, "activation_bits": 32}
+        weights = [part for weight in weights for part in quantized(weight, bits, 64)] + [torch.empty(0)]
+        attributes |= {"bits": bits, "block_size": 64, "activation_type": FLOAT}
     name = "MixtureOfExperts" if bits == 32 else "QuantizedMixtureOfExperts"
     for crowded in (False, True):
         if crowded:
@@ -75,9 +77,9 @@ def test_integer_products_of_many_sizes(bits: int, block_size: int) -> None:
     """Rows of many chunks and groups of scales, few tokens and many: integer sums equal those of the rounded numbers."""
     for tokens, n_in, n_out in ((1, 2050, 70), (4, 640, 33), (37, 1034, 50), (130, 514, 9)):
         x, pair = randn(1, tokens, n_in), quantized(randn(n_out, n_in) / n_in**0.5, bits, block_size)
-        attributes = {"block_size": block_size, "activation_bits": 8}
+        attributes = {"block_size": block_size, "activation_type": INT8}
         operator = OPERATORS["QuantizedResidualLinear"]
-        tensors = [randn(1, tokens, n_out), x, *pair]
+        tensors = [randn(1, tokens, n_out), x, *pair, torch.empty(0)]
         truth = in_torch(operator, tensors, attributes, double=False)[0]
         for instruction_set, outputs in in_native(operator, tensors, attributes).items():
             np.testing.assert_allclose(outputs[0], truth, rtol=1e-4, atol=1e-4, err_msg=instruction_set)

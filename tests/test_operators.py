@@ -17,6 +17,7 @@ from calibration.round_to_nearest import pack_int4, round_to_nearest
 from mythos_export import ops
 from mythos_export.ops import mixture_of_experts
 
+FLOAT, INT8, FLOAT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN
 GENERATOR = torch.Generator().manual_seed(0)
 SMALL = st.integers(1, 5)
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=3)
@@ -39,8 +40,11 @@ def quantized(weight: torch.Tensor, bits: int, block_size: int, half: bool) -> l
     return [pack_int4(values) if bits == 4 else values, scales if half else scales.float()]
 
 
-def form(block_size: int, activation_bits: int) -> dict[str, float]:
-    return {"block_size": block_size, "activation_bits": activation_bits}
+def form(block_size: int, activation_type: int) -> dict[str, float]:
+    return {"block_size": block_size, "activation_type": activation_type}
+
+
+DYNAMIC = torch.empty(0)  # activation_scale where every block of every token has a scale
 
 
 @FEW
@@ -65,11 +69,11 @@ def test_quantized_linear(seq: int, n_in: int, n_out: int, block: int, half: boo
     x, pair = randn(1, seq, n_in), quantized(randn(n_out, n_in) / n_in**0.5, bits, block, half)
     residual, norm = randn(1, seq, n_out), norm_weight(n_in)
     for operator, tensors, attributes in (
-        (OPERATORS["QuantizedNormalizedLinear"], [x, norm, *pair], {"epsilon": 1e-6}),
-        (OPERATORS["QuantizedResidualLinear"], [residual, x, *pair], {}),
+        (OPERATORS["QuantizedNormalizedLinear"], [x, norm, *pair, DYNAMIC], {"epsilon": 1e-6}),
+        (OPERATORS["QuantizedResidualLinear"], [residual, x, *pair, DYNAMIC], {}),
     ):
-        check(operator, tensors, {**attributes, **form(block, 32)})
-        check_rounded(operator, tensors, {**attributes, **form(block, 8)})
+        check(operator, tensors, {**attributes, **form(block, FLOAT)})
+        check_rounded(operator, tensors, {**attributes, **form(block, INT8)})
 
 
 @FEW
@@ -79,9 +83,9 @@ def test_feed_forward(seq: int, dim: int, hidden: int, bits: int) -> None:
     check(OPERATORS["FeedForward"], [randn(1, seq, dim), norm_weight(dim), gate_up, down], {"epsilon": 1e-6})
     of_down = 8 if hidden % 2 else bits  # int4 takes an even number of input channels
     pairs = quantized(gate_up, 8 if dim % 2 else bits, 32, True) + quantized(down, of_down, 32, True)
-    tensors = [randn(1, seq, dim), norm_weight(dim), *pairs]
-    check(OPERATORS["QuantizedFeedForward"], tensors, {"epsilon": 1e-6, **form(32, 32)})
-    check_rounded(OPERATORS["QuantizedFeedForward"], tensors, {"epsilon": 1e-6, **form(32, 8)})
+    tensors = [randn(1, seq, dim), norm_weight(dim), *pairs, DYNAMIC]
+    check(OPERATORS["QuantizedFeedForward"], tensors, {"epsilon": 1e-6, **form(32, FLOAT)})
+    check_rounded(OPERATORS["QuantizedFeedForward"], tensors, {"epsilon": 1e-6, **form(32, INT8)})
 
 
 def experts(batch: int, seq: int, dim: int, hidden: int, routed: int, shared: int) -> list[torch.Tensor]:
@@ -125,10 +129,10 @@ def test_mixture_of_experts(
 def test_quantized_mixture_of_experts(seq: int, dim: int, hidden: int, shared: int, bits: int, half: bool) -> None:
     bits = 8 if dim % 2 or hidden % 2 else bits
     *rest, gate_up, down = experts(1, seq, dim, hidden, 6, shared)
-    tensors = [*rest, *quantized(gate_up, bits, 32, half), *quantized(down, bits, 32, half)]
+    tensors = [*rest, *quantized(gate_up, bits, 32, half), *quantized(down, bits, 32, half), DYNAMIC]
     attributes = {"top_k": 2, "epsilon": 1e-6, "bits": bits}
-    check(OPERATORS["QuantizedMixtureOfExperts"], tensors, {**attributes, **form(32, 32)})
-    check_rounded(OPERATORS["QuantizedMixtureOfExperts"], tensors, {**attributes, **form(32, 8)})
+    check(OPERATORS["QuantizedMixtureOfExperts"], tensors, {**attributes, **form(32, FLOAT)})
+    check_rounded(OPERATORS["QuantizedMixtureOfExperts"], tensors, {**attributes, **form(32, INT8)})
 
 
 @pytest.mark.parametrize("limit", [0, 10**12], ids=["walking", "gathering"])
@@ -142,8 +146,8 @@ def test_both_forms_of_the_mixture(limit: int, bits: int, monkeypatch: pytest.Mo
         quantization = {}
         if bits < 32:
             *rest, gate_up, down = tensors
-            tensors = [*rest, *quantized(gate_up, bits, 32, True), *quantized(down, bits, 32, True)]
-            quantization = {"bits": bits, **form(32, 32)}
+            tensors = [*rest, *quantized(gate_up, bits, 32, True), *quantized(down, bits, 32, True), DYNAMIC]
+            quantization = {"bits": bits, **form(32, FLOAT)}
         check(forced, tensors, {"top_k": 2, "epsilon": 1e-6, **quantization})
         tensors[3][3] = 1e4  # the bias sends all tokens to expert 3, and moves no weight
         check(forced, tensors, {"top_k": 1, "epsilon": 1e-6, **quantization})
@@ -214,7 +218,8 @@ def test_latent_attention_int8_cache(lengths: list[int], seq: int, heads: int, e
     attributes, name = {"scale": 0.25, "epsilon": 1e-6}, "LatentAttentionInt8Cache"
     if bits < 32:
         tensors[3:5] = [*quantized(tensors[3], bits, 32, True), *quantized(tensors[4], bits, 32, True)]
-        attributes, name = {**attributes, **form(32, 8)}, f"Quantized{name}"
+        tensors.append(DYNAMIC)
+        attributes, name = {**attributes, **form(32, INT8)}, f"Quantized{name}"
     check_rounded(OPERATORS[name], tensors, attributes)
 
 
@@ -226,9 +231,10 @@ def test_quantized_latent_attention(lengths: list[int], seq: int, nope: int, ran
     tensors[3:5] = quantized(tensors[3], 8 if nope % 2 else bits, 32, True) + quantized(
         tensors[4], 8 if rank % 2 else bits, 32, True
     )
+    tensors.append(DYNAMIC)
     attributes = {"scale": 0.05, "epsilon": 1e-6}
-    check(OPERATORS["QuantizedLatentAttention"], tensors, {**attributes, **form(32, 32)}, atol=1e-4)
-    check_rounded(OPERATORS["QuantizedLatentAttention"], tensors, {**attributes, **form(32, 8)})
+    check(OPERATORS["QuantizedLatentAttention"], tensors, {**attributes, **form(32, FLOAT)}, atol=1e-4)
+    check_rounded(OPERATORS["QuantizedLatentAttention"], tensors, {**attributes, **form(32, INT8)})
 
 
 @settings(max_examples=25, deadline=None)
@@ -284,7 +290,7 @@ def test_schemas_infer_shapes() -> None:
     )
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
-    model.functions.append(operator.function)
+    model.functions.append(operator.functions[""])
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     shapes = [[d.dim_param or d.dim_value for d in out.type.tensor_type.shape.dim] for out in inferred.graph.output]
     assert shapes == [["b", "s", 21], ["b", "s", 10]]

@@ -12,13 +12,13 @@ from torch import Tensor
 from mythos_export.ops.operator import Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
+    ActivationRounding,
     FloatForm,
     QuantizedForm,
     dequantize,
     flat_text,
     quantized,
     rms_norm_text,
-    round_activations,
 )
 
 
@@ -42,14 +42,16 @@ def quantized_feed_forward(
     gate_up_scale: Tensor,
     down: Tensor,
     down_scale: Tensor,
+    activation_scale: Tensor,
     epsilon: float,
     block_size: int,
-    activation_bits: int,
+    activation_type: int,
 ) -> Tensor:
-    """The same with gate_up and down as `dequantize` takes them."""
-    normed = round_activations(rms_norm(wide(x), norm, epsilon), block_size, activation_bits)
+    """The same with gate_up and down as `dequantize` takes them, their inputs rounded as ActivationRounding says."""
+    rounded = ActivationRounding(activation_scale, 2, block_size, activation_type)
+    normed = rounded(rms_norm(wide(x), norm, epsilon), 0)
     gate, up = F.linear(normed, dequantize(gate_up, gate_up_scale, block_size).to(x.dtype)).chunk(2, -1)
-    activated = round_activations(F.silu(gate) * up, block_size, activation_bits)
+    activated = rounded(F.silu(gate) * up, 1)
     return x + F.linear(activated, dequantize(down, down_scale, block_size).to(x.dtype))
 
 
@@ -65,7 +67,7 @@ def _body(form: FloatForm) -> str:
   sigmoid = Sigmoid(gate)
   silu = Mul(gate, sigmoid)
   activated = Mul(silu, up)
-  {form.product("activated", "down", "outer_flat")}
+  {form.product("activated", "down", "outer_flat", product=1)}
   y_shape = Shape(x)
   outer = Reshape(outer_flat, y_shape)
   outer_f = Cast <to = 1> (outer)

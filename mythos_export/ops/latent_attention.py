@@ -26,7 +26,7 @@ from mythos_export.ops.cached_attention import (
     with_int8_cache,
 )
 from mythos_export.ops.operator import Operator, rms_norm, wide
-from mythos_export.ops.products import FLOAT, FloatForm, QuantizedForm, dequantize, quantized, round_activations
+from mythos_export.ops.products import FLOAT, ActivationRounding, FloatForm, QuantizedForm, dequantize, quantized
 
 
 @torch.library.custom_op("mythos::latent_attention", mutates_args=())
@@ -96,15 +96,16 @@ def quantized_latent_attention(
     past_kv: Tensor,
     past_len: Tensor,
     slot: Tensor,
+    activation_scale: Tensor,
     scale: float,
     epsilon: float,
     block_size: int,
-    activation_bits: int,
+    activation_type: int,
 ) -> tuple[Tensor, Tensor]:
-    """The same with w_uk and w_uv as `dequantize` takes them."""
+    """The same with w_uk and w_uv as `dequantize` takes them, their inputs rounded as ActivationRounding says."""
     w_uk, w_uv = dequantize(w_uk, w_uk_scale, block_size), dequantize(w_uv, w_uv_scale, block_size)
     cache = (past_kv, None, past_len, slot)
-    rounding = (block_size, activation_bits)
+    rounding = ActivationRounding(activation_scale, 2, block_size, activation_type)
     y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, cache, scale, epsilon, rounding)
     return y, stored.new_kv
 
@@ -124,15 +125,16 @@ def quantized_latent_attention_int8_cache(
     past_scale: Tensor,
     past_len: Tensor,
     slot: Tensor,
+    activation_scale: Tensor,
     scale: float,
     epsilon: float,
     block_size: int,
-    activation_bits: int,
+    activation_type: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both: quantized w_uk and w_uv, int8 rows."""
     w_uk, w_uv = dequantize(w_uk, w_uk_scale, block_size), dequantize(w_uv, w_uv_scale, block_size)
     cache = (past_kv, past_scale, past_len, slot)
-    rounding = (block_size, activation_bits)
+    rounding = ActivationRounding(activation_scale, 2, block_size, activation_type)
     y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, cache, scale, epsilon, rounding)
     return y, stored.new_kv, stored.present_scale
 
@@ -148,20 +150,21 @@ def _attend(
     cache: tuple[Tensor, Tensor | None, Tensor, Tensor],
     scale: float,
     epsilon: float,
-    rounding: tuple[int, int] = (1, 32),
+    rounding: ActivationRounding | None = None,
 ) -> tuple[Tensor, CachedRows]:
-    """cache: past_kv, past_scale, past_len, slot. rounding: block_size and activation_bits of the products with w_uk and w_uv."""
+    """cache: past_kv, past_scale, past_len, slot. rounding: of the inputs of w_uk and w_uv."""
     past_kv, past_scale, past_len, slot = cache
     n_heads, rank, nope = w_uk.shape
     heads = q.unflatten(-1, (n_heads, -1))
     latent, key = kv.split([rank, kv.shape[-1] - rank], -1)
     latent = rms_norm(wide(latent), wide(kv_norm), epsilon)
     stored = store_rows(torch.cat([latent, rotate(key.unsqueeze(2), cos, sin).squeeze(2)], -1), past_kv, q.dtype)
-    q_latent = torch.einsum("bshn,hrn->bshr", round_activations(heads[..., :nope], *rounding), w_uk.to(q.dtype))
+    q_nope = rounding(heads[..., :nope], 0) if rounding else heads[..., :nope]
+    q_latent = torch.einsum("bshn,hrn->bshr", q_nope, w_uk.to(q.dtype))
     query = torch.cat([q_latent, rotate(heads[..., nope:], cos, sin).to(q.dtype)], -1) * scale
     rows, allowed = live_past(past_kv, past_scale, past_len, slot, stored.rows)
     mixed = attend_rows(torch.einsum("bshw,blw->bshl", query, rows), rows.unsqueeze(2), allowed)[..., :rank]
-    mixed = round_activations(mixed, *rounding)
+    mixed = rounding(mixed, 1) if rounding else mixed
     return torch.einsum("bshr,hvr->bshv", mixed, w_uv.to(q.dtype)).flatten(2), stored
 
 
@@ -245,7 +248,7 @@ def _body(form: FloatForm, *, int8: bool) -> str:
   mixed_latent, mixed_key = Split <axis = -1> (mixed_rows, kv_split)
   mixed_flat_shape = Concat <axis = 0> (rest, rank)
   mixed_flat = Reshape(mixed_latent, mixed_flat_shape)
-  {form.rounded("mixed_flat", "mixed_rounded")}
+  {form.rounded("mixed_flat", "mixed_rounded", product=1)}
   mixed_shape = Concat <axis = 0> (rest, n_heads, rank)
   mixed = Reshape(mixed_rounded, mixed_shape)
   mixed_by_head = Transpose <perm = [1, 2, 0]> (mixed)

@@ -12,13 +12,13 @@ from torch import Tensor
 from mythos_export.ops.operator import Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
+    ActivationRounding,
     FloatForm,
     QuantizedForm,
     dequantize,
     flat_text,
     quantized,
     rms_norm_text,
-    round_activations,
 )
 
 
@@ -35,10 +35,18 @@ def _(x, norm, weight, epsilon):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("mythos::quantized_normalized_linear", mutates_args=())
 def quantized_normalized_linear(
-    x: Tensor, norm: Tensor, weight: Tensor, weight_scale: Tensor, epsilon: float, block_size: int, activation_bits: int
+    x: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    epsilon: float,
+    block_size: int,
+    activation_type: int,
 ) -> Tensor:
-    """The same with weight as `dequantize` takes it."""
-    normed = round_activations(rms_norm(wide(x), norm, epsilon), block_size, activation_bits)
+    """The same with weight as `dequantize` takes it, x rounded as ActivationRounding says."""
+    rounded = ActivationRounding(activation_scale, 1, block_size, activation_type)
+    normed = rounded(rms_norm(wide(x), norm, epsilon))
     return F.linear(normed, dequantize(weight, weight_scale, block_size).to(normed.dtype))
 
 
@@ -55,10 +63,16 @@ def _(residual, x, weight):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("mythos::quantized_residual_linear", mutates_args=())
 def quantized_residual_linear(
-    residual: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor, block_size: int, activation_bits: int
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor,
+    block_size: int,
+    activation_type: int,
 ) -> Tensor:
-    """The same with weight as `dequantize` takes it."""
-    rounded = round_activations(x, block_size, activation_bits)
+    """The same with weight as `dequantize` takes it, x rounded as ActivationRounding says."""
+    rounded = ActivationRounding(activation_scale, 1, block_size, activation_type)(x)
     return residual + F.linear(rounded, dequantize(weight, weight_scale, block_size).to(rounded.dtype))
 
 

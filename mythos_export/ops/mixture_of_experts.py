@@ -20,13 +20,14 @@ from torch import Tensor
 from mythos_export.ops.operator import Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
+    ActivationRounding,
+    Float8StackForm,
     FloatForm,
     PackedForm,
     dequantize,
     flat_text,
     quantized,
     rms_norm_text,
-    round_activations,
 )
 
 # Gathering copies every chosen expert, walking over the experts costs a fixed time each. Where the copies exceed
@@ -73,22 +74,24 @@ def quantized_mixture_of_experts(
     gate_up_scale: Tensor,
     down: Tensor,
     down_scale: Tensor,
+    activation_scale: Tensor,
     top_k: int,
     epsilon: float,
     bits: int,
     block_size: int,
-    activation_bits: int,
+    activation_type: int,
 ) -> Tensor:
-    """The same with gate_up and down as `dequantize` takes them. bits: 4 where they are packed uint8, else 8."""
+    """The same with gate_up and down as `dequantize` takes them, their inputs rounded as ActivationRounding says.
 
-    def rounded(tokens: Tensor) -> Tensor:
-        return round_activations(tokens, block_size, activation_bits)
+    bits: 4 where they are packed uint8, else 8.
+    """
+    rounded = ActivationRounding(activation_scale, 2, block_size, activation_type)
 
     def expert(index: int, tokens: Tensor) -> Tensor:
         inner = dequantize(gate_up[index], gate_up_scale[index], block_size).to(tokens.dtype)
-        gate, up = F.linear(rounded(tokens), inner).chunk(2, -1)
+        gate, up = F.linear(rounded(tokens, 0), inner).chunk(2, -1)
         outer = dequantize(down[index], down_scale[index], block_size).to(tokens.dtype)
-        return F.linear(rounded(F.silu(gate) * up), outer)
+        return F.linear(rounded(F.silu(gate) * up, 1), outer)
 
     return _mix(x, norm, router, router_bias, len(gate_up), top_k, epsilon, expert)
 
@@ -119,9 +122,11 @@ def _mix(
 
 def _body(form: FloatForm) -> str:
     cast = "CastLike(flat_f, gate_up)" if form is FLOAT else "Identity(flat_f)"
-    weights = "gate_up_e, down_e" if form is FLOAT else "gate_up_e, gate_up_e_scale, down_e, down_e_scale"
-    scanned = "gate_up, down" if form is FLOAT else "gate_up, gate_up_scale, down, down_scale"
-    scales = ("", "") if form is FLOAT else (_GATHER_SCALE.format("gate_up"), _GATHER_SCALE.format("down"))
+    gate_up, down = form.stack("gate_up"), form.stack("down")
+    weights, scanned, scales = "gate_up_e, down_e", f"{gate_up}, {down}", ("", "")
+    if isinstance(form, PackedForm):
+        weights, scanned = "gate_up_e, gate_up_e_scale, down_e, down_e_scale", "gate_up, gate_up_scale, down, down_scale"
+        scales = (_GATHER_SCALE.format("gate_up"), _GATHER_SCALE.format("down"))
     return f"""
   {form.preamble}
   {rms_norm_text("x", "norm", "normed")}
@@ -144,7 +149,7 @@ def _body(form: FloatForm) -> str:
   # and the shared experts, with weight 1: [N, k]
   int_1 = Constant <value_int = 1> ()
   n_routed = Size(router_bias)
-  n_all_1 = Shape <start = 0, end = 1> (gate_up)
+  n_all_1 = Shape <start = 0, end = 1> ({gate_up})
   n_all = Squeeze(n_all_1, axis_0)
   shared = Range(n_routed, n_all, int_1)
   n_tokens = Shape <start = 0, end = 1> (flat_f)
@@ -158,7 +163,7 @@ def _body(form: FloatForm) -> str:
 
   # few tokens and small experts: gather the chosen ones; otherwise walk over the experts, each reading its own tokens
   n_pairs = Size(chosen)
-  expert_shape = Shape <start = 1> (gate_up)
+  expert_shape = Shape <start = 1> ({gate_up})
   expert_size = ReduceProd <keepdims = 0> (expert_shape)
   gathered_size = Mul(expert_size, n_pairs)
   limit = Constant <value_int = {GATHER_LIMIT}> ()
@@ -166,7 +171,7 @@ def _body(form: FloatForm) -> str:
   gathering_pays = LessOrEqual(gathered_size, walk_cost)
   mixed = If (gathering_pays) <
     then_branch = gather_experts () => (gathered) {{
-      chosen_gate_up = Gather <axis = 0> (gate_up, chosen)
+      chosen_gate_up = Gather <axis = 0> ({gate_up}, chosen)
       {scales[0]}
       {form.matrix("chosen_gate_up", "chosen_gate_up_s", "inner_w")}
       column_axes = Constant <value_ints = [1, 3]> ()
@@ -180,9 +185,9 @@ def _body(form: FloatForm) -> str:
       hidden = Shape <start = 2, end = 3> (activated)
       hidden_shape = Concat <axis = 0> (rest, hidden)
       activated_flat = Reshape(activated, hidden_shape)
-      {form.rounded("activated_flat", "activated_rounded")}
+      {form.rounded("activated_flat", "activated_rounded", product=1)}
       activated_column = Reshape(activated_rounded, activated_shape)
-      chosen_down = Gather <axis = 0> (down, chosen)
+      chosen_down = Gather <axis = 0> ({down}, chosen)
       {scales[1]}
       {form.matrix("chosen_down", "chosen_down_s", "outer_w")}
       outer = MatMul(outer_w, activated_column)
@@ -217,7 +222,7 @@ def _body(form: FloatForm) -> str:
             sigmoid_e = Sigmoid(gate_e)
             silu_e = Mul(gate_e, sigmoid_e)
             activated_e = Mul(silu_e, up_e)
-            {form.rounded("activated_e", "activated_er")}
+            {form.rounded("activated_e", "activated_er", product=1)}
             {form.matrix("down_e", "down_e_scale", "outer_we")}
             down_t = Transpose <perm = [1, 0]> (outer_we)
             outer_e = MatMul(activated_er, down_t)
@@ -259,10 +264,12 @@ OPERATOR = Operator(
     body=_body(FLOAT),
 )
 
+_WEIGHTS = ("gate_up", "down")
 QUANTIZED = quantized(
     OPERATOR,
     torch.ops.mythos.quantized_mixture_of_experts.default,
     _body(PackedForm()),
-    weights=("gate_up", "down"),
+    weights=_WEIGHTS,
     packed=True,
+    float8_body=_body(Float8StackForm(*_WEIGHTS)),
 )

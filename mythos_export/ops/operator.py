@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from onnxscript import values as onnxscript_values
 
 DOMAIN = "ai.mythos"
 DOMAIN_VERSION = 1
+FLOAT8 = "float8"  # the overload of functions over float8e4m3fn weights
 OPSET = 21  # the first with blocked DequantizeLinear, which quantized bundles use
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -21,9 +22,12 @@ TYPES = {
     "T": (FLOATS, "the dtype of the matrices"),
     "X": (FLOATS, "float32, or the dtype of the matrices"),
     "C": ([*FLOATS, "tensor(int8)"], "the dtype of the cache"),
-    "Q": (["tensor(int8)", "tensor(int4)"], "quantized weights"),
-    "Q2": (["tensor(int8)", "tensor(int4)"], "quantized weights of a second matrix"),
-    "P": (["tensor(int8)", "tensor(uint8)"], "quantized weights; uint8: int4, two a byte, the first in the low half"),
+    "Q": (["tensor(int8)", "tensor(int4)", "tensor(float8e4m3fn)"], "quantized weights"),
+    "Q2": (["tensor(int8)", "tensor(int4)", "tensor(float8e4m3fn)"], "quantized weights of a second matrix"),
+    "P": (
+        ["tensor(int8)", "tensor(uint8)", "tensor(float8e4m3fn)"],
+        "quantized weights; uint8: int4, two a byte, the first in the low half",
+    ),
     "S": (["tensor(float)", "tensor(float16)"], "scales of quantized weights"),
 }
 
@@ -53,7 +57,8 @@ class Operator:
 
     inputs and outputs are (name, type, description), the type an ONNX type string or one of TYPES: "T", the matrices' dtype, and
     so on. infer_shapes maps the input shapes and the attributes to the output shapes; an unknown dimension is None.
-    body is the statements of the ONNX function, over the input names, defining the output names.
+    body is the statements of the ONNX function, over the input names, defining the output names; float8_body those where the
+    weights are float8e4m3fn, if body cannot serve them too.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Operator:
     torch_op: Any
     infer_shapes: Callable[[list[Shape], dict[str, Any]], list[Shape]]
     body: str
+    float8_body: str | None = None
 
     @cached_property
     def schema(self) -> defs.OpSchema:
@@ -108,15 +114,24 @@ class Operator:
             context.set_output_type(index, onnx.helper.make_tensor_type_proto(elem_type, list(shape)))
 
     @cached_property
-    def function(self) -> onnx.FunctionProto:
-        """The portable body as a function of standard operators, carried inside every model file."""
+    def functions(self) -> dict[str, onnx.FunctionProto]:
+        """The portable bodies as functions of standard operators, carried inside every model file: by overload, "" or FLOAT8."""
+        bodies = {"": self.body} if self.float8_body is None else {"": self.body, FLOAT8: self.float8_body}
+        return {overload: self._function(overload, body) for overload, body in bodies.items()}
+
+    def overload_for(self, types: Iterable[int | None]) -> str:
+        """Which of `functions` a node takes; types: the ONNX element types of its inputs."""
+        return FLOAT8 if self.float8_body is not None and onnx.TensorProto.FLOAT8E4M3FN in types else ""
+
+    def _function(self, overload: str, body: str) -> onnx.FunctionProto:
         inputs = ", ".join(name for name, _, _ in self.inputs)
         outputs = ", ".join(name for name, _, _ in self.outputs)
         attributes = f"<{', '.join(self.attributes)}> " if self.attributes else ""
         function = parser.parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n'
-            f"{self.name} {attributes}({inputs}) => ({outputs}) {{{self.body}}}"
+            f"{self.name} {attributes}({inputs}) => ({outputs}) {{{body}}}"
         )
+        function.overload = overload
         function.doc_string = self.doc
         return function
 

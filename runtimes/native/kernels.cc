@@ -280,6 +280,7 @@ const Kernels MYTHOS_KERNELS = {
     HWY_NAMESPACE::MatMulNN,
     HWY_NAMESPACE::MatMulPanel,
     HWY_NAMESPACE::Quantize,
+    HWY_NAMESPACE::QuantizeStatic,
     HWY_NAMESPACE::PackRow,
     HWY_NAMESPACE::MatMulQuantized,
     HWY_NAMESPACE::MatMulQuantizedPanels,

@@ -64,6 +64,8 @@ struct Kernels {
   void (*matmul_panel)(const float* a, size_t row_stride, size_t k_stride, size_t rows, size_t k, const float* b, float* y);
   // q[k] = round(x / scale), scale[b] = max |x| of block b / 127; nearest, ties to even. A NaN or infinity makes its block's scale so.
   void (*quantize)(const float* x, size_t k, size_t block, int8_t* q, float* scales);
+  // q[k] = round(x / scale) within ±127, scales[b] = scale; nearest, ties to even. A NaN makes its block's scale so.
+  void (*quantize_static)(const float* x, size_t k, size_t block, float scale, int8_t* q, float* scales);
   // From plain order into row `token` of `out` (see QuantizedTokens). q is zero up to padded_k.
   void (*pack_row)(const int8_t* q, const QuantizedTokens& out, size_t token);
   // y[m][n] = x · rows^T for m tokens in rows.

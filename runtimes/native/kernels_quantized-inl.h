@@ -330,6 +330,34 @@ void Quantize(const float* x, size_t k, size_t block, int8_t* q, float* scales) 
   }
 }
 
+// A true quotient, as QuantizeLinear has it: a product with 1 / scale would round some numbers to the next level.
+HWY_INLINE V StaticLevels(V x, V scale) {
+  return hn::Max(hn::Min(hn::Div(x, scale), hn::Set(d, 127.0f)), hn::Set(d, -127.0f));
+}
+
+void QuantizeStatic(const float* x, size_t k, size_t block, float scale, int8_t* q, float* scales) {
+  const V step = hn::Set(d, scale);
+  const hn::Rebind<int8_t, D> narrow;
+  for (size_t b = 0; b * block < k; ++b) {
+    const float* from = x + b * block;
+    int8_t* to = q + b * block;
+    const size_t n = HWY_MIN(block, k - b * block);
+    V kept = step;  // what is NaN once stays so
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      const V v = hn::LoadU(d, from + i);
+      kept = hn::IfThenElse(hn::IsNaN(v), v, kept);
+      hn::StoreU(hn::DemoteTo(narrow, hn::NearestInt(StaticLevels(v, step))), narrow, to + i);
+    }
+    if (i < n) {
+      const V v = hn::LoadN(d, from + i, n - i);
+      kept = hn::IfThenElse(hn::IsNaN(v), v, kept);
+      hn::StoreN(hn::DemoteTo(narrow, hn::NearestInt(StaticLevels(v, step))), narrow, to + i, n - i);
+    }
+    scales[b] = hn::AllFalse(d, hn::IsNaN(kept)) ? scale : hn::GetLane(hn::NaN(d));
+  }
+}
+
 // Sums of four neighbouring bytes, times minus the bias of the weights.
 HWY_INLINE VI32 NegativeBias(VI8 x, int bias) {
   const VI32 sums = hn::SumOfMulQuadAccumulate(di32, hn::Set(du8, uint8_t{1}), x, hn::Zero(di32));

@@ -70,6 +70,16 @@ void Quantize(const float* x, size_t k, size_t block, int8_t* q, float* scales) 
   }
 }
 
+void QuantizeStatic(const float* x, size_t k, size_t block, float scale, int8_t* q, float* scales) {
+  for (size_t b = 0; b * block < k; ++b) {
+    scales[b] = scale;
+    for (size_t i = b * block; i < std::min(k, (b + 1) * block); ++i) {
+      if (std::isnan(x[i])) scales[b] = x[i];
+      q[i] = static_cast<int8_t>(std::nearbyint(std::min(127.0f, std::max(-127.0f, x[i] / scale))));
+    }
+  }
+}
+
 void PackRow(const int8_t* q, const QuantizedTokens& out, size_t token) {
   int8_t* values = out.values + token * out.padded_k();
   const size_t half = out.padded_k() / 2;
@@ -163,8 +173,8 @@ void RmsNorm(const float* x, const float* weight, size_t n, float epsilon, float
 
 extern const Kernels scalar;
 const Kernels scalar = {
-    "scalar",   MatMulNT,      MatMulNN,  MatMulPanel,   Quantize, PackRow, MatMulQuantized, MatMulQuantizedPanels, Biased,
-    Dequantize, Widen, Swiglu,        OnlineSoftmax, Scale,     Axpy,     RmsNorm,
+    "scalar",   MatMulNT,      MatMulNN,  MatMulPanel,   Quantize, QuantizeStatic, PackRow, MatMulQuantized, MatMulQuantizedPanels,
+    Biased, Dequantize, Widen, Swiglu,        OnlineSoftmax, Scale,     Axpy,     RmsNorm,
 };
 
 }  // namespace mythos

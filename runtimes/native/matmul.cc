@@ -1,6 +1,34 @@
 #include "matmul.h"
 
+#include "float8.h"
+
 namespace mythos {
+
+namespace {
+
+// out[k] = row `row` of w, as floats.
+void Dequantize(const Matrix& w, size_t row, const Kernels& kernels, float* out) {
+  const QuantizedRows rows = w.rows();
+  if (w.type != WeightType::kFloat8) return kernels.dequantize(rows, row, out);
+  Scratch scales(rows.blocks());
+  if (rows.half_scales) {
+    kernels.widen(CacheType::kFloat16, rows.row_scales(row), rows.blocks(), 1.0f, scales.get());
+  } else {
+    std::memcpy(scales.get(), rows.row_scales(row), rows.blocks() * sizeof(float));
+  }
+  for (size_t i = 0; i < rows.k; ++i) out[i] = scales.get()[i / rows.block] * Float8ToFloat(rows.row(row)[i]);
+}
+
+}  // namespace
+
+void Activations::Round(const float* x, int8_t* q, float* scales, float* out) const {
+  if (rounds_to_ == ActivationType::kFloat8) {
+    for (size_t i = 0; i < k_; ++i) out[i] = scale_ * RoundToFloat8(x[i] / scale_);
+    return;
+  }
+  Quantize(x, q, scales);
+  for (size_t i = 0; i < k_; ++i) out[i] = scales[i / block_] * static_cast<float>(q[i]);
+}
 
 void Activations::ClearGroup(size_t group) {
   if (!integer_) {
@@ -49,7 +77,7 @@ void Activations::Multiply(const Matrix& w, size_t first, size_t n, float* out) 
   const float* rows = w.floats() + first * k_;
   Scratch floats(w.quantized() ? n * k_ : 0);
   if (w.quantized()) {
-    for (size_t r = 0; r < n; ++r) kernels_.dequantize(w.rows(), first + r, floats.get() + r * k_);
+    for (size_t r = 0; r < n; ++r) Dequantize(w, first + r, kernels_, floats.get() + r * k_);
     rows = floats.get();
   }
   if (!panels_) return kernels_.matmul_nt(memory_.get(), k_, m_, rows, k_, n, k_, out, n);

@@ -9,7 +9,8 @@
 
 namespace mythos {
 
-enum class WeightType { kFloat32, kInt8, kInt4 };
+enum class WeightType { kFloat32, kInt8, kInt4, kFloat8 };
+enum class ActivationType { kFloat32, kInt8, kFloat8 };
 
 // Weights [n, k] as they are stored, output channels first: output n is the dot product of row n with the input.
 struct Matrix {
@@ -17,11 +18,16 @@ struct Matrix {
   const void* values = nullptr;
   const void* scales = nullptr;  // [n][ceil(k / block)]; none for float32
   bool half_scales = false;
-  bool quantize_activations = true;  // quantized weights only: false computes in float, for checking
+  ActivationType activation_type = ActivationType::kInt8;  // quantized weights only: what their input is rounded to
+  float activation_scale = 0.0f;  // of the rounded input; 0, for int8 alone: every block of every token has its own
   size_t n = 0, k = 0, block = 32;
 
   bool quantized() const { return type != WeightType::kFloat32; }
-  bool integer() const { return quantized() && quantize_activations; }
+  ActivationType rounds_to() const { return quantized() ? activation_type : ActivationType::kFloat32; }
+  // Whether products are sums of integers; all others are computed in float.
+  bool integer() const {
+    return (type == WeightType::kInt8 || type == WeightType::kInt4) && activation_type == ActivationType::kInt8;
+  }
   const float* floats() const { return static_cast<const float*>(values); }
   QuantizedRows rows() const {
     return {static_cast<const uint8_t*>(values), scales, k, block, type == WeightType::kInt4 ? 4 : 8, half_scales};
@@ -44,7 +50,8 @@ struct Matrix {
 class Activations {
  public:
   Activations(size_t m, const Matrix& w, const Kernels& kernels)
-      : m_(m), k_(w.k), panels_(m >= kFewTokens), integer_(w.integer()), kernels_(kernels), memory_(Floats(w)) {
+      : m_(m), k_(w.k), panels_(m >= kFewTokens), integer_(w.integer()), block_(w.block), rounds_to_(w.rounds_to()), scale_(w.activation_scale),
+        kernels_(kernels), memory_(Floats(w)) {
     if (!integer_) return;
     tokens_.scales = memory_.get();
     tokens_.offsets = reinterpret_cast<int32_t*>(tokens_.scales + NumScales());
@@ -69,8 +76,12 @@ class Activations {
     if (panels_) ClearGroup(group);
     for (size_t i = 0; i < count; ++i) {
       const float* x = get(first + i, row);
+      if (!integer_ && rounds_to_ != ActivationType::kFloat32) {
+        Round(x, q, scales, row);
+        x = row;
+      }
       if (integer_) {
-        kernels_.quantize(x, k_, tokens_.block, q, scales);
+        Quantize(x, q, scales);
         std::memset(q + k_, 0, padded - k_);
         panels_ ? PutQuantizedLane(group, i, q, scales) : PutQuantizedRow(first + i, q, scales);
       } else if (panels_) {
@@ -102,12 +113,24 @@ class Activations {
   size_t NumScales() const { return panels_ ? CeilDiv(groups() * tokens_.blocks() * kPanel, 16) * 16 : m_ * tokens_.padded_blocks(); }
   size_t NumOffsets() const { return panels_ ? NumScales() : m_ * tokens_.padded_offsets(); }
 
+  void Quantize(const float* x, int8_t* q, float* scales) const {
+    if (scale_ > 0.0f) {
+      kernels_.quantize_static(x, k_, block_, scale_, q, scales);
+    } else {
+      kernels_.quantize(x, k_, block_, q, scales);
+    }
+  }
+  // out [k] = x rounded, for products in float; q and scales as Quantize wants them. out may be x.
+  void Round(const float* x, int8_t* q, float* scales, float* out) const;
   void ClearGroup(size_t group);
   void PutQuantizedRow(size_t token, const int8_t* q, const float* scales);
   void PutQuantizedLane(size_t group, size_t lane, const int8_t* q, const float* scales);
 
   size_t m_, k_;
   bool panels_, integer_;
+  size_t block_;
+  ActivationType rounds_to_;
+  float scale_;
   const Kernels& kernels_;
   QuantizedTokens tokens_{};
   Scratch memory_;

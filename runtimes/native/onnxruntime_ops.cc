@@ -11,7 +11,7 @@ namespace {
 using Type = ONNXTensorElementDataType;
 constexpr Type kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                kBFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64,
-               kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, kInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
+               kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, kInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4, kFloat8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN,
                kPackedInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 
 template <typename T>
@@ -29,6 +29,7 @@ struct NormalizedLinearKernel {
     Inputs in(context);
     const Input x = in.Next(), norm = in.Next();
     NormalizedLinearArgs a{x.rows(), epsilon, x.floats(), norm.floats(), form.Read(in), nullptr};
+    form.ReadActivationScales(in, {&a.weight});
     Require(x.back(0) == a.weight.k && norm.size() == a.weight.k, "x and norm do not fit weight");
     a.y = OutputLike(context, 0, x, a.weight.n);
     if (a.tokens > 0) NormalizedLinear(a, CurrentKernels(), HostThreads(context));
@@ -43,6 +44,7 @@ struct ResidualLinearKernel {
     Inputs in(context);
     const Input residual = in.Next(), x = in.Next();
     ResidualLinearArgs a{x.rows(), residual.floats(), x.floats(), form.Read(in), nullptr};
+    form.ReadActivationScales(in, {&a.weight});
     Require(x.back(0) == a.weight.k && residual.back(0) == a.weight.n && residual.rows() == a.tokens,
             "x and residual do not fit weight");
     a.y = OutputLike(context, 0, residual, a.weight.n);
@@ -60,6 +62,7 @@ struct FeedForwardKernel {
     Inputs in(context);
     const Input x = in.Next(), norm = in.Next();
     FeedForwardArgs a{x.rows(), epsilon, x.floats(), norm.floats(), form.Read(in), form.Read(in), nullptr};
+    form.ReadActivationScales(in, {&a.gate_up, &a.down});
     Require(x.back(0) == a.gate_up.k && norm.size() == a.gate_up.k && a.down.n == a.gate_up.k && a.gate_up.n == 2 * a.down.k,
             "x, norm, gate_up and down do not fit each other");
     a.y = OutputLike(context, 0, x, a.down.n);
@@ -81,6 +84,7 @@ struct MixtureOfExpertsKernel {
     MixtureOfExpertsArgs a{};
     a.gate_up = form.Read(in, &experts);
     a.down = form.Read(in, &experts_down);
+    form.ReadActivationScales(in, {&a.gate_up, &a.down});
     a.tokens = x.rows(), a.n_routed = router.dim(0), a.top_k = static_cast<size_t>(top_k), a.epsilon = epsilon;
     const size_t dim = a.gate_up.k;
     Require(x.back(0) == dim && norm.size() == dim && router.dim(1) == dim && router_bias.size() == a.n_routed,
@@ -153,6 +157,7 @@ struct LatentAttentionKernel {
     const Input cos = in.Next(), sin = in.Next();
     a.batch = q.dim(0), a.seq = q.dim(1), a.nope = a.w_uk.k, a.rank = a.w_uk.n, a.v_head_dim = a.w_uv.n;
     const CacheInputs cache(in, a.batch);
+    form.ReadActivationScales(in, {&a.w_uk, &a.w_uv});
     Require(kv.dim(2) > a.rank && kv.dim(2) == cache.width && kv_norm.size() == a.rank, "kv does not fit w_uk and past_kv");
     a.rope = kv.dim(2) - a.rank, a.capacity = cache.capacity;
     Require(q.dim(2) == a.n_heads * (a.nope + a.rope) && heads_uv == a.n_heads && a.w_uv.k == a.rank, "q does not fit w_uk and w_uv");
@@ -294,18 +299,18 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Status<Kernel>, true> {
 class Registry {
  public:
   Registry() : domain("ai.mythos") {
-    ForWeights("NormalizedLinear", "QuantizedNormalizedLinear", {{kInt8}, {kInt4}}, [&](auto name, bool quantized, const Types& w) {
+    ForWeights("NormalizedLinear", "QuantizedNormalizedLinear", {{kInt8}, {kInt4}, {kFloat8}}, [&](auto name, bool quantized, const Types& w) {
       Add<NormalizedLinearKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
-    ForWeights("ResidualLinear", "QuantizedResidualLinear", {{kInt8}, {kInt4}}, [&](auto name, bool quantized, const Types& w) {
+    ForWeights("ResidualLinear", "QuantizedResidualLinear", {{kInt8}, {kInt4}, {kFloat8}}, [&](auto name, bool quantized, const Types& w) {
       Add<ResidualLinearKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
     // A matrix with an odd number of input channels stays int8 where the others are int4.
-    const std::vector<Types> pairs = {{kInt8, kInt8}, {kInt4, kInt4}, {kInt4, kInt8}, {kInt8, kInt4}};
+    const std::vector<Types> pairs = {{kInt8, kInt8}, {kInt4, kInt4}, {kInt4, kInt8}, {kInt8, kInt4}, {kFloat8, kFloat8}};
     ForWeights("FeedForward", "QuantizedFeedForward", pairs, [&](auto name, bool quantized, const Types& w) {
       Add<FeedForwardKernel>(name, quantized, Join({{kFloat, kFloat}, w}), {kFloat});
     });
-    ForWeights("MixtureOfExperts", "QuantizedMixtureOfExperts", {{kInt8, kInt8}, {kPackedInt4, kPackedInt4}},
+    ForWeights("MixtureOfExperts", "QuantizedMixtureOfExperts", {{kInt8, kInt8}, {kPackedInt4, kPackedInt4}, {kFloat8, kFloat8}},
                [&](auto name, bool quantized, const Types& w) {
                  Add<MixtureOfExpertsKernel>(name, quantized, Join({{kFloat, kFloat, kFloat, kFloat}, w}), {kFloat});
                });
@@ -351,8 +356,10 @@ class Registry {
       }
   }
 
+  // Quantized forms end with activation_scale.
   template <typename Kernel>
   void Add(const char* name, bool quantized, Types inputs, Types outputs) {
+    if (quantized) inputs.push_back(kFloat);
     auto op = std::make_shared<Operator<Kernel>>(name, quantized, std::move(inputs), std::move(outputs));
     domain.Add(op.get());
     operators_.push_back(std::move(op));

@@ -5,6 +5,7 @@
 #undef ORT_API_MANUAL_INIT
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -93,16 +94,19 @@ inline float* OutputLike(OrtKernelContext* context, size_t index, const Input& x
 struct WeightForm {
   bool quantized;
   size_t block = 0;
-  bool quantize_activations = false;
+  ActivationType activation_type = ActivationType::kFloat32;
 
   WeightForm(const OrtKernelInfo* info, bool is_quantized) : quantized(is_quantized) {
     if (!quantized) return;
     const Ort::ConstKernelInfo attributes(info);
     block = static_cast<size_t>(attributes.GetAttribute<int64_t>("block_size"));
-    const int64_t bits = attributes.GetAttribute<int64_t>("activation_bits");
     Require(block == 32 || block == 64 || block == 128, "block_size is not 32, 64 or 128");
-    Require(bits == 8 || bits == 32, "activation_bits is not 8 or 32");
-    quantize_activations = bits == 8;
+    switch (attributes.GetAttribute<int64_t>("activation_type")) {  // of onnx.TensorProto
+      case 1: activation_type = ActivationType::kFloat32; break;
+      case 3: activation_type = ActivationType::kInt8; break;
+      case 17: activation_type = ActivationType::kFloat8; break;
+      default: Require(false, "activation_type is not 1 (FLOAT), 3 (INT8) or 17 (FLOAT8E4M3FN)");
+    }
   }
 
   // Matrices [..., n, k], and in the quantized form their scales, from the next inputs. `count` gets how many are stacked.
@@ -116,12 +120,29 @@ struct WeightForm {
     const Input scales = in.Next();
     w.scales = scales.data();
     w.half_scales = scales.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-    w.block = block, w.quantize_activations = quantize_activations;
-    w.type = values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 ? WeightType::kInt8 : WeightType::kInt4;
+    w.block = block, w.activation_type = activation_type;
+    w.type = values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8           ? WeightType::kInt8
+             : values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN ? WeightType::kFloat8
+                                                                           : WeightType::kInt4;
     if (values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) w.k *= 2;  // two int4 a byte
-    Require(w.type == WeightType::kInt8 || w.k % 2 == 0, "int4 weights need an even number of input channels");
+    Require(w.type != WeightType::kInt4 || w.k % 2 == 0, "int4 weights need an even number of input channels");
     Require(scales.back(0) == CeilDiv(w.k, block) && scales.rows() == values.rows(), "scales do not fit their weights");
     return w;
+  }
+
+  // The static scales of the matrices' inputs, from the last input of the quantized form: one for each, or none.
+  void ReadActivationScales(Inputs& in, std::initializer_list<Matrix*> matrices) const {
+    if (!quantized) return;
+    const Input scales = in.Next();
+    if (activation_type == ActivationType::kFloat32) return;
+    Require(scales.size() > 0 || activation_type == ActivationType::kInt8, "activation_scale is empty; FLOAT8E4M3FN needs static scales");
+    if (scales.size() == 0) return;
+    Require(scales.size() == matrices.size(), "activation_scale needs one scale for every matrix, or none at all");
+    const float* scale = scales.floats();
+    for (Matrix* w : matrices) {
+      Require(*scale > 0.0f && std::isfinite(*scale), "activation_scale holds a scale that is not positive and finite");
+      w->activation_scale = *scale++;
+    }
   }
 };
 

@@ -65,21 +65,28 @@ void RunOnTwo(void*, void (*task)(void*, size_t), size_t n, void* data) {
 }
 const mythos::Parallel kTwoThreads{nullptr, RunOnTwo};
 
-// Random matrices [stack][n][k] of a random stored type; the memory ends where the numbers do.
+// Random matrices [stack][n][k] of a random stored type; the memory ends where the numbers do. Their input is rounded to a random
+// type, with static scales or without.
 class Weights {
  public:
   Weights(size_t stack, size_t n, size_t k) {
-    const size_t choice = Between(0, 2), numbers = stack * n * k;
+    const size_t numbers = stack * n * k;
     matrix_.n = n, matrix_.k = k, matrix_.block = size_t{32} << Between(0, 2);
-    matrix_.quantize_activations = Between(0, 3) > 0;
-    if (choice == 0 || (choice == 2 && k % 2 == 1)) {
+    matrix_.type = static_cast<mythos::WeightType>(Between(0, 3));
+    const bool four = matrix_.type == mythos::WeightType::kInt4;
+    if (matrix_.type == mythos::WeightType::kFloat32 || (four && k % 2 == 1)) {
+      matrix_.type = mythos::WeightType::kFloat32;
       floats_ = Floats(numbers);
       matrix_.values = floats_.data();
       return;
     }
-    matrix_.type = choice == 1 ? mythos::WeightType::kInt8 : mythos::WeightType::kInt4;
-    bytes_.resize(choice == 1 ? numbers : numbers / 2);
+    matrix_.activation_type = Between(0, 3) > 0 ? mythos::ActivationType::kInt8 : static_cast<mythos::ActivationType>(Between(0, 2));
+    if (matrix_.activation_type == mythos::ActivationType::kFloat8 || Between(0, 1) == 1)
+      matrix_.activation_scale = 0.002f * static_cast<float>(Between(1, 8));
+    bytes_.resize(four ? numbers / 2 : numbers);
     for (uint8_t& byte : bytes_) byte = static_cast<uint8_t>(Between(0, 255));
+    if (matrix_.type == mythos::WeightType::kFloat8)
+      for (uint8_t& byte : bytes_) byte &= 0xB7;  // below 1 in size, so none is NaN
     const size_t blocks = stack * n * ((k + matrix_.block - 1) / matrix_.block);
     matrix_.half_scales = Between(0, 1) == 1;
     for (size_t i = 0; i < blocks; ++i) halves_.push_back(static_cast<uint16_t>(Between(0x1000, 0x2000)));
@@ -88,7 +95,7 @@ class Weights {
     matrix_.scales = matrix_.half_scales ? static_cast<const void*>(halves_.data()) : scales_.data();
   }
   const mythos::Matrix& matrix() const { return matrix_; }
-  bool rounds() const { return matrix_.integer(); }
+  bool rounds() const { return matrix_.rounds_to() != mythos::ActivationType::kFloat32; }
 
  private:
   mythos::Matrix matrix_;
