@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,6 +93,22 @@ def attention_report(plain: dict[str, Any]) -> str:
         + markdown_table(["cached rows", "µs", "bytes", "GB/s", "share of read bandwidth"], rows)
         + f"\nread bandwidth here {plain['read_bandwidth_gb_per_second']:.1f} GB/s"
     )
+
+
+def quantization_report(plain: dict[str, Any], recipe: str) -> str:
+    """What `quantize` shows."""
+    quantization = plain["quantization"]
+    formats = Counter(matrix["format"] for matrix in quantization["matrices"].values())
+    lines = [
+        f"{plain['bundle']}: {size(plain['bytes'])}, {recipe}: "
+        + (", ".join(f"{count} matrices {kind}" for kind, count in formats.items()) or "weights as they were")
+    ]
+    if quantization["text"]:
+        text = quantization["text"]
+        lines.append(f"calibrated on {text['n_sequences']} sequences of {text['length']} tokens of {text['source']}")
+    for name, seen in quantization["uncalibrated_experts"].items():
+        lines.append(f"{name}: rounded to nearest, too few tokens: experts {', '.join(seen)}")
+    return "\n".join(lines)
 
 
 @contextmanager

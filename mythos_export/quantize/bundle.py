@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calibration.rounding import pack_int4
 from calibration.statistics import Statistics
-from calibration.text import Sample, sample
+from calibration.text import Sample, sample, unk_token_id
 from mythos_export import __version__
 from mythos_export.config import ModelConfig
 from mythos_export.export import GRAPH_FILE, WEIGHTS_FILE, Progress, attach_functions, bytes_of, pad_for, write_graph
@@ -65,16 +65,17 @@ class QuantizableBundle:
 
     def sample(self, text: Text) -> Sample:
         """Token ids [N, T] to calibrate with. Raises InputError for text that does not serve."""
-        encode = None
+        encode, unk_id = None, None
         if self.manifest.tokenizer:
             tokenizer = Tokenizer.from_file(str(self.folder / self.manifest.tokenizer))
+            unk_id = unk_token_id(tokenizer)
 
             def encode(document: str) -> list[int]:
                 ids: list[int] = tokenizer.encode(document).ids
                 return ids
 
         length = min(text.length, self.config.max_seq_len)
-        return sample(text.source, encode, self.config.vocab_size, text.n_sequences, length, text.seed)
+        return sample(text.source, encode, self.config.vocab_size, text.n_sequences, length, text.seed, unk_id)
 
     def calibration(
         self, plan: Plan, text: Text, folder: str | Path, share: tuple[int, int] = (1, 1), progress: Progress | None = None
@@ -87,11 +88,37 @@ class QuantizableBundle:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What quantize_bundle made. quantizer: with the outcome of every matrix. statistics: None for recipes without text."""
+    """What quantize_bundle made. quantizer: with the outcome of every matrix. statistics: None where none were needed."""
 
     manifest: Manifest
     quantizer: Quantizer
     statistics: Statistics | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: sizes, what the manifest says of the quantization, each matrix's error."""
+        return {
+            "bytes": sum(entry.size for entry in self.manifest.files.values()),
+            "quantization": self.manifest.quantization,
+            "errors": {name: outcome.error for name, outcome in self.quantizer.outcomes.items()},
+        }
+
+
+def gather_statistics(
+    bundle: str | Path,
+    folder: str | Path,
+    recipe: Recipe,
+    text: Text,
+    share: tuple[int, int] = (1, 1),
+    progress: Progress | None = None,
+) -> Statistics:
+    """Statistics for a recipe, kept in a folder for `quantize_bundle(statistics=…)`. share: (k, n), the k-th of n parts of the text.
+
+    Raises InputError for a recipe that needs none, and as quantize_bundle does.
+    """
+    if not recipe.needs_statistics:
+        raise InputError("the recipe needs no statistics; pass it to `mythos-export quantize` as it is")
+    source = QuantizableBundle(bundle)
+    return source.calibration(make_plan(recipe, source.config), text, folder, share, progress).statistics()
 
 
 def quantize_bundle(

@@ -100,6 +100,7 @@ class Rewriter:
             return self._constant(f"{operator}.activation_scale.{count}", table[min(count, len(table) - 1)].numpy())
         rows = self._constant(f"{operator}.activation_scale", table.numpy())
         gather = ir.node("Gather", [rows, loop], {"axis": 0}, name=f"{node.name}/activation_scale")
+        gather.outputs[0].name = f"{node.name}/activation_scale"
         gather.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         gather.outputs[0].shape = ir.Shape([table.shape[1]])
         if isinstance(node.graph, ir.Graph):

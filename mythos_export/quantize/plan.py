@@ -123,8 +123,9 @@ def _matrix(name: str, shape: tuple[int, ...], recipe: Recipe) -> MatrixPlan | N
     activations = recipe.activations or Activations()
     if not _fits(activations.matrices, name):
         activations = Activations()
-    if form.kind == "fp8" and activations.type == "int8":
-        activations = Activations(type="float32")
+    if (form.kind == "fp8") != (activations.type == "fp8"):
+        # A product is integers or float8; where a recipe mixes them, the inputs stay as they are.
+        activations = activations if form.kind != "fp8" and activations.type == "int8" else Activations(type="float32")
     return MatrixPlan(name, shape, form, rule.algorithm, smoothed, activations)
 
 
@@ -150,8 +151,6 @@ def _check_operators(plan: Plan) -> None:
                 f"{first.name} and {(missing or others)[0]} are read by one operator ({operator}), which needs the same block size and "
                 "activations for both, and in a mixture of experts the same format; give them one rule"
             )
-        if any(m.activations.type == "fp8" and m.form.kind != "fp8" for m in matrices):
-            raise InputError(f"{first.name}: fp8 activations go with fp8 weights; it has {first.form.kind}")
 
 
 def matrix_table(plan: Plan) -> Mapping[str, dict[str, object]]:
