@@ -63,6 +63,8 @@ class ActivationRounding:
             raise InputError(f"activation_scale holds {n} scales; expected none or {self.n_products}, one a product")
         if self.activation_type == TensorProto.FLOAT8E4M3FN and n == 0:
             raise InputError("activation_scale is empty; FLOAT8E4M3FN needs static scales, one a product")
+        if not bool((torch.isfinite(self.activation_scale) & (self.activation_scale > 0)).all()):
+            raise InputError("activation_scale holds a scale that is not positive and finite; calibrate again")
 
     def __call__(self, x: Tensor, product: int = 0) -> Tensor:
         """x [..., I] as product number `product` sees it."""
