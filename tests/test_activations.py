@@ -18,7 +18,7 @@ from onnx import helper
 from test_operators import BLOCKS, FLOAT, FLOAT8, INT8, cache, experts, form, latent, norm_weight, quantized, randn
 
 from mythos_export import ops
-from mythos_export.export import attach_functions
+from mythos_export.export import attach_functions, bytes_of
 from mythos_export.ops.operator import Operator
 from mythos_export.ops.products import dequantize
 from runtimes import native_operators
@@ -153,7 +153,7 @@ def test_scales_of_a_loop(activation_type: int) -> None:
         [helper.make_tensor_value_info("x", FLOAT, [1, "seq", 40])],
         [helper.make_tensor_value_info("out", FLOAT, [1, "seq", 40])],
         [
-            helper.make_tensor(name, KINDS.get(tensor.dtype), tensor.shape, tensor.numpy().tobytes(), raw=True)
+            helper.make_tensor(name, KINDS[tensor.dtype], tensor.shape, bytes(bytes_of(tensor)), raw=True)
             for name, tensor in constants.items()
         ],
     )
@@ -174,8 +174,7 @@ def test_one_graph_with_both_bodies_of_the_mixture() -> None:
         tensors = [*rest[1:], *stored(gate_up, kind), *stored(down, kind), torch.empty(0)]
         names = [f"{name}_{index}" for name, _, _ in operator.inputs[1:]]
         for name, tensor in zip(names, tensors, strict=True):
-            data = tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-            initializers.append(helper.make_tensor(name, KINDS[tensor.dtype], tensor.shape, data, raw=True))
+            initializers.append(helper.make_tensor(name, KINDS[tensor.dtype], tensor.shape, bytes(bytes_of(tensor)), raw=True))
         nodes.append(
             helper.make_node(operator.name, [f"x_{index}", *names], [f"x_{index + 1}"], domain=ops.DOMAIN, **attributes)
         )
@@ -191,8 +190,8 @@ def test_one_graph_with_both_bodies_of_the_mixture() -> None:
     model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10))
     attach_functions(model)
     proto = ir.to_proto(model)
-    assert [node.overload for node in proto.graph.node] == ["", "float8"]
-    assert sorted(function.overload for function in proto.functions) == ["", "float8"]
+    assert [node.overload for node in proto.graph.node] == ["", "dequantized"]
+    assert sorted(function.overload for function in proto.functions) == ["", "dequantized"]
     for native in {False, native_operators.is_available()}:
         (out,) = session_of(proto, native).run(None, {"x_0": rest[0].numpy()})
         np.testing.assert_allclose(out, expected.numpy(), rtol=1e-4, atol=1e-4)
