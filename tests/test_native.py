@@ -79,10 +79,11 @@ def test_integer_products_of_many_sizes(bits: int, block_size: int) -> None:
         x, pair = randn(1, tokens, n_in), quantized(randn(n_out, n_in) / n_in**0.5, bits, block_size)
         attributes = {"block_size": block_size, "activation_type": INT8}
         operator = OPERATORS["QuantizedResidualLinear"]
-        tensors = [randn(1, tokens, n_out), x, *pair, torch.empty(0)]
-        truth = in_torch(operator, tensors, attributes, double=False)[0]
-        for instruction_set, outputs in in_native(operator, tensors, attributes).items():
-            np.testing.assert_allclose(outputs[0], truth, rtol=1e-4, atol=1e-4, err_msg=instruction_set)
+        for activation_scale in (torch.empty(0), torch.tensor([0.017])):
+            tensors = [randn(1, tokens, n_out), x, *pair, activation_scale]
+            truth = in_torch(operator, tensors, attributes, double=False)[0]
+            for instruction_set, outputs in in_native(operator, tensors, attributes).items():
+                np.testing.assert_allclose(outputs[0], truth, rtol=1e-4, atol=1e-4, err_msg=instruction_set)
 
 
 @needs_library

@@ -21,7 +21,7 @@ from mythos_export.ops.operator import Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
     ActivationRounding,
-    Float8StackForm,
+    DequantizedForm,
     FloatForm,
     PackedForm,
     dequantize,
@@ -271,5 +271,5 @@ QUANTIZED = quantized(
     _body(PackedForm()),
     weights=_WEIGHTS,
     packed=True,
-    float8_body=_body(Float8StackForm(*_WEIGHTS)),
+    dequantized_body=_body(DequantizedForm(*_WEIGHTS)),
 )
