@@ -23,7 +23,7 @@ SMALL = st.integers(1, 5)
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=3)
 BLOCKS = st.sampled_from([32, 64, 128])
 CACHES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
-ROW_SCALES = st.sampled_from([0.0, 0.01, 0.04])  # each row's own, or fixed: too small for some rows, wide enough for all
+ROW_SCALES = st.sampled_from([0.0, 0.01, 0.04])  # each row's own; fixed, too small for some rows; wide enough for all
 FEW = settings(max_examples=15, deadline=None)
 
 
@@ -209,9 +209,7 @@ def test_latent_attention(
 
 
 @FEW
-@given(
-    lengths=LENGTHS, seq=SMALL, heads=SMALL, extra=SMALL, bits=st.sampled_from([4, 8, 32]), row_scale=ROW_SCALES
-)
+@given(lengths=LENGTHS, seq=SMALL, heads=SMALL, extra=SMALL, bits=st.sampled_from([4, 8, 32]), row_scale=ROW_SCALES)
 def test_latent_attention_int8_cache(
     lengths: list[int], seq: int, heads: int, extra: int, bits: int, row_scale: float
 ) -> None:
@@ -282,7 +280,7 @@ def test_grouped_query_attention(
     kv_heads=SMALL,
 )
 def test_rows_of_an_int8_cache(largest: float, row_scale: float, seq: int, kv_heads: int) -> None:
-    """What is stored: the nearest level of each row's own scale, the largest magnitude / 127, or of the fixed one, cut off at 127."""
+    """What is stored: the nearest level of each row's own scale, largest magnitude / 127, or of the fixed one, cut off at 127."""
     width = 4 * kv_heads
     value = torch.randn(1, seq, 3 * kv_heads, 2, generator=GENERATOR)
     value *= largest / value.abs().max()
@@ -292,7 +290,8 @@ def test_rows_of_an_int8_cache(largest: float, row_scale: float, seq: int, kv_he
     rows = value[:, :, kv_heads:].flatten(2).double().numpy()
     scale = np.full((1, seq), row_scale) if row_scale else np.abs(rows).max(-1) / 127
     wanted = np.clip(rows, -127 * scale[..., None], 127 * scale[..., None])
-    for name, (_, new_kv, new_scale) in everywhere(OPERATORS["GroupedQueryAttentionInt8Cache"], tensors, attributes).items():
+    results = everywhere(OPERATORS["GroupedQueryAttentionInt8Cache"], tensors, attributes)
+    for name, (_, new_kv, new_scale) in results.items():
         np.testing.assert_allclose(new_scale, scale, rtol=1e-6, err_msg=name)
         assert np.abs(new_kv).max() <= 127, name
         error = np.abs(new_kv * new_scale[..., None] - wanted)

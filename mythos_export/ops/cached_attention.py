@@ -266,7 +266,7 @@ def with_int8_cache(operator: Operator, torch_op: Any, body: str) -> Operator:
         ),
         attributes={
             **operator.attributes,
-            "row_scale": ("FLOAT", "of every new row, larger numbers cut off; 0: each row's own, its largest magnitude / 127"),
+            "row_scale": ("FLOAT", "of all new rows, larger numbers cut off; 0: each its own, largest magnitude / 127"),
         },
         torch_op=torch_op,
         infer_shapes=infer_shapes,
