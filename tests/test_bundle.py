@@ -141,8 +141,8 @@ def test_a_file_in_a_folder_of_the_bundle_is_accepted(bundle):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format_version": 3}, "format version 3, this release reads 2; export the checkpoint again, or install"),
-        ({"format_version": None}, "format version None, this release reads 2"),
+        ({"format_version": 4}, "format version 4, this release reads 3; export the checkpoint again, or install"),
+        ({"format_version": None}, "format version None, this release reads 3"),
         ({"format": "something"}, r'"format" is not "mythos-bundle"; this is not a bundle of mythos-export'),
         ({"colour": "red"}, "damaged manifest: .*unknown field `colour`.*; export the checkpoint again"),
         ({"graphs": []}, "names no graph"),
