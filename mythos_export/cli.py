@@ -90,7 +90,10 @@ def export(
     max_loops: Annotated[
         int | None, typer.Option(help="Deepest n_loops of a dynamic bundle; default the trained count.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Storage of matrices and cache.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Storage of the matrices.")] = Dtype.float32,
+    cache_dtype: Annotated[
+        str | None, typer.Option(metavar="float32|float16|int8", help="Storage of the cache; default that of --dtype.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json; default the one beside the checkpoint.")
     ] = None,
@@ -115,6 +118,7 @@ def export(
             loops=count[0] if count else None,
             max_loops=max_loops,
             dtype=dtype.value,
+            cache_dtype=cache_dtype,
             tokenizer=tokenizer,
             eos=eos or (),
             force=force,
@@ -129,8 +133,10 @@ def export(
         "loops": graph.loops,
         "max_loops": graph.max_loops,
         "dtype": graph.dtype,
+        "cache_dtype": graph.cache_dtype,
     }
-    _emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {graph.dtype}, {depth}")
+    form = graph.dtype if graph.cache_dtype == graph.dtype else f"{graph.dtype} with a {graph.cache_dtype} cache"
+    _emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {form}, {depth}")
 
 
 Recipes = Annotated[
@@ -369,9 +375,10 @@ def bench(
         str | None,
         typer.Option(metavar="N,N,…", help="Time the attention operator alone over so many cached rows instead."),
     ] = None,
-    cache: Annotated[
-        str, typer.Option(metavar="float32|float16|int8", help="Number format of the rows for --attention.")
-    ] = "float32",
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="float32|float16|int8", help="Of the rows for --attention; default the bundle's."),
+    ] = None,
     form: Annotated[Form, typer.Option("-o", "--output", help="How to print.")] = Form.table,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -387,7 +394,7 @@ def bench(
         from mythos_export.bench_attention import bench_attention
 
         with progress_bar(quiet or as_json) as tell:
-            alone = bench_attention(bundle, contexts, cache, repetitions, threads, native, tell)
+            alone = bench_attention(bundle, contexts, cache_dtype, repetitions, threads, native, tell)
         _emit(as_json, alone.to_dict(), "" if as_json else attention_report(alone.to_dict()))
         return
     with progress_bar(quiet or as_json) as tell:

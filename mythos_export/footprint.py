@@ -100,6 +100,11 @@ def weight_bytes_read(config: ModelConfig, n_loops: int, tokens: int = 1, storag
     return once + n_loops * looped + storage.head * config.vocab_size * config.dim + storage.rest * config.dim
 
 
-def cache_numbers(config: ModelConfig, n_loops: int, tokens: int) -> int:
-    """Numbers in the cache of one sequence of so many tokens."""
-    return config.slots(n_loops) * tokens * config.cache_width
+def cache_bytes(config: ModelConfig, n_loops: int, tokens: int, cache_dtype: str) -> int:
+    """Bytes in the cache of one sequence of so many tokens, with the float32 scale of every int8 row."""
+    return config.slots(n_loops) * tokens * row_bytes(config.cache_width, cache_dtype)
+
+
+def row_bytes(width: int, cache_dtype: str) -> int:
+    """Bytes of one cached row, its scale included where it is int8."""
+    return width + 4 if cache_dtype == "int8" else width * (4 if cache_dtype == "float32" else 2)

@@ -39,6 +39,13 @@ uint16_t BFloat16Of(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// Levels of a fixed scale, ties to even; what lies beyond 127 levels is cut off (a NaN too, to be something defined).
+void Levels(const float* row, size_t n, float scale, int8_t* to) {
+  const float inverse = 1.0f / scale;
+  for (size_t i = 0; i < n; ++i)
+    to[i] = static_cast<int8_t>(std::nearbyint(std::min(127.0f, std::max(-127.0f, row[i] * inverse))));
+}
+
 }  // namespace
 
 void NewRows::Store(size_t t, float* row, size_t width, const Kernels& k) const {
@@ -49,7 +56,10 @@ void NewRows::Store(size_t t, float* row, size_t width, const Kernels& k) const 
   char* to = static_cast<char*>(data) + t * width * SizeOf(type);
   float scale = 1.0f;
   if (type == CacheType::kInt8) {
-    k.quantize(row, width, width, reinterpret_cast<int8_t*>(to), &scale);
+    if (row_scale > 0.0f)
+      Levels(row, width, scale = row_scale, reinterpret_cast<int8_t*>(to));
+    else
+      k.quantize(row, width, width, reinterpret_cast<int8_t*>(to), &scale);
     scales[t] = scale;
   } else {
     for (size_t i = 0; i < width; ++i)
