@@ -17,9 +17,9 @@ from mythos_export.checkpoint import Checkpoint, load_checkpoint
 from mythos_export.config import ModelConfig
 from mythos_export.export import DTYPES
 from mythos_export.model.load import load_decoder
-from runtimes.backend import StepInput, StepOutput
+from mythos_export.model.score import run_decoder, window_step
+from runtimes.backend import StepOutput
 from runtimes.bundle import Check, Parity, rewrite_manifest
-from runtimes.cache import Cache
 from runtimes.errors import InputError
 from runtimes.runner import Runner, load
 from runtimes.session import check_n_loops
@@ -99,18 +99,10 @@ def _input_ids(runner: Runner, text: str | Path | None, tokens: int) -> list[int
 
 
 def _checks(runner: Runner, decoder: Any, oracle: Any, ids: list[int], depth: int) -> list[Check]:
-    if decoder.config.loop:
-        decoder.fixed_loops = depth
-    tokens = np.array([ids], dtype=np.int64)
-    cache = Cache(runner.graph.slots(depth), 1, runner.graph.cache_width, runner.graph.cache_dtype)
-    positions, n_loops = np.arange(len(ids))[None], np.array([depth])
-    step = StepInput(tokens, cache.length, cache.rows, positions, n_loops, cache.scales)
-    got = runner.run_step(step)
-    past_scale = None if step.past_scale is None else torch.from_numpy(step.past_scale)
+    step = window_step(decoder.config, ids, depth, runner.graph.cache_dtype)
+    got, want = runner.run_step(step), run_decoder(decoder, step)
     with torch.no_grad():
-        outputs = decoder(*map(torch.from_numpy, step[:4]), past_scale=past_scale)
-        want = StepOutput(*(output.numpy() for output in outputs))
-        expected = oracle(torch.from_numpy(tokens), n_loops=depth)[0].numpy() if oracle else None
+        expected = oracle(torch.from_numpy(step.input_ids), n_loops=depth)[0].numpy() if oracle else None
     session = runner.session(1, depth)
     session.advance([ids[:-_DECODED]])
     decoded = np.stack([session.advance([[token]])[0][0] for token in ids[-_DECODED:]])
