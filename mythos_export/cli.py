@@ -140,11 +140,16 @@ def export(
 
 
 Recipes = Annotated[
-    str, typer.Option("--recipe", metavar="NAME[,NAME…]", help="Shipped recipes or .toml files; see `mythos-export recipes`.")
+    str,
+    typer.Option(
+        "--recipe", metavar="NAME[,NAME…]", help="Shipped recipes or .toml files; see `mythos-export recipes`."
+    ),
 ]
 CalibrationText = Annotated[
     str | None,
-    typer.Option("--text", help="Calibration text: .jsonl, plain text, token ids (.npy), or a Hugging Face dataset's name."),
+    typer.Option(
+        "--text", help="Calibration text: .jsonl, plain text, token ids (.npy), or a Hugging Face dataset's name."
+    ),
 ]
 Sequences = Annotated[int, typer.Option("--sequences", help="Sequences to calibrate with.")]
 Length = Annotated[int, typer.Option("--length", help="Tokens of each.")]
@@ -162,7 +167,9 @@ def quantize(
     seed: Seed = 0,
     statistics: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FOLDER", help="What `calibrate` gathered, instead of running the model; may be repeated."),
+        typer.Option(
+            metavar="FOLDER", help="What `calibrate` gathered, instead of running the model; may be repeated."
+        ),
     ] = None,
     block: Annotated[
         int | None, typer.Option(metavar="32|64|128", help="Input channels that share a scale; default the recipe's.")
@@ -204,7 +211,8 @@ def calibrate(
     length: Length = 512,
     seed: Seed = 0,
     part: Annotated[
-        str, typer.Option(metavar="K/N", help="Only the K-th of N parts of the text: processes side by side, merged later.")
+        str,
+        typer.Option(metavar="K/N", help="Only the K-th of N parts of the text: processes side by side, merged later."),
     ] = "1/1",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -229,7 +237,9 @@ def recipes(as_json: Json = False, quiet: Quiet = False) -> None:
     from mythos_export.report import markdown_table
 
     known = {name: recipe.description for name, recipe in shipped().items()}
-    _emit(as_json, known, "\n".join(known) if quiet else markdown_table(["recipe", "what it does"], list(known.items())))
+    _emit(
+        as_json, known, "\n".join(known) if quiet else markdown_table(["recipe", "what it does"], list(known.items()))
+    )
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What quantized operators do to the inputs of their products: static scales, float8 weights and activations, in every form there is."""
+"""What quantized operators do to the inputs of their products: static scales, float8; in every form there is."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def test_static_levels(seq: int, n_in: int, n_out: int, block: int, kind: str, a
     residual = randn(1, seq, n_out)
     truth = residual.double().numpy() + levels * step @ dequantize(weight, scales, block).double().numpy().T
     tensors = [residual, x, weight, scales, torch.tensor([step])]
-    for name, (y,) in everywhere(
-        OPERATORS["QuantizedResidualLinear"], tensors, form(block, activation_type)
-    ).items():
+    for name, (y,) in everywhere(OPERATORS["QuantizedResidualLinear"], tensors, form(block, activation_type)).items():
         np.testing.assert_allclose(y, truth, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
@@ -144,7 +142,10 @@ def test_scales_of_a_loop(activation_type: int) -> None:
             helper.make_tensor_value_info("go", onnx.TensorProto.BOOL, []),
             helper.make_tensor_value_info("h", FLOAT, [1, "seq", 40]),
         ],
-        [helper.make_tensor_value_info("go_on", onnx.TensorProto.BOOL, []), helper.make_tensor_value_info("y", FLOAT, [1, "seq", 40])],
+        [
+            helper.make_tensor_value_info("go_on", onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info("y", FLOAT, [1, "seq", 40]),
+        ],
     )
     constants = {"table": table, "weight": weight[0], "scale": weight[1], "turns": torch.tensor(3)}
     graph = helper.make_graph(
@@ -167,14 +168,19 @@ def test_scales_of_a_loop(activation_type: int) -> None:
 
 def test_one_graph_with_both_bodies_of_the_mixture() -> None:
     """Stacks of float8 matrices need a body of their own: the graph carries both, and each node names its own."""
-    operator, attributes = OPERATORS["QuantizedMixtureOfExperts"], {"top_k": 2, "epsilon": 1e-6, "bits": 8, **form(32, FLOAT)}
+    operator, attributes = (
+        OPERATORS["QuantizedMixtureOfExperts"],
+        {"top_k": 2, "epsilon": 1e-6, "bits": 8, **form(32, FLOAT)},
+    )
     *rest, gate_up, down = experts(1, 3, 8, 6, 4, 1)
     initializers, nodes, expected = [], [], rest[0]
     for index, kind in enumerate(["int8", "float8"]):
         tensors = [*rest[1:], *stored(gate_up, kind), *stored(down, kind), torch.empty(0)]
         names = [f"{name}_{index}" for name, _, _ in operator.inputs[1:]]
         for name, tensor in zip(names, tensors, strict=True):
-            initializers.append(helper.make_tensor(name, KINDS[tensor.dtype], tensor.shape, bytes(bytes_of(tensor)), raw=True))
+            initializers.append(
+                helper.make_tensor(name, KINDS[tensor.dtype], tensor.shape, bytes(bytes_of(tensor)), raw=True)
+            )
         nodes.append(
             helper.make_node(operator.name, [f"x_{index}", *names], [f"x_{index + 1}"], domain=ops.DOMAIN, **attributes)
         )
@@ -207,7 +213,10 @@ def test_nan_is_not_rounded_away(kind: str, activation_type: int) -> None:
         x[0, 1, 68], x[0, 2, 3] = float("nan"), float("inf")
         tensors = [randn(1, tokens, 9), x, *stored(randn(9, 70), kind), torch.tensor([0.01])]
         operator, attributes = OPERATORS["QuantizedResidualLinear"], form(32, activation_type)
-        results = {"torch": in_torch(operator, tensors, attributes, double=False), **in_native(operator, tensors, attributes)}
+        results = {
+            "torch": in_torch(operator, tensors, attributes, double=False),
+            **in_native(operator, tensors, attributes),
+        }
         for name, (y,) in results.items():
             assert np.isnan(y[0, 1]).all(), name
             assert np.isfinite(np.delete(y, 1, axis=1)).all(), name
@@ -219,7 +228,12 @@ def test_nan_is_not_rounded_away(kind: str, activation_type: int) -> None:
     [
         ([0.1, 0.1], INT8, "one scale for every matrix, or none", "holds 2 scales; expected none or 1"),
         ([], FLOAT8, "FLOAT8E4M3FN needs static scales", "FLOAT8E4M3FN needs static scales"),
-        ([], 2, r"activation_type is not 1 \(FLOAT\), 3 \(INT8\) or 17", "activation_type is 2; expected one of 1, 3, 17"),
+        (
+            [],
+            2,
+            r"activation_type is not 1 \(FLOAT\), 3 \(INT8\) or 17",
+            "activation_type is 2; expected one of 1, 3, 17",
+        ),
         ([0.0], INT8, "not positive and finite", "not positive and finite"),
         ([float("nan")], FLOAT8, "not positive and finite", "not positive and finite"),
     ],

@@ -17,7 +17,7 @@ import torch
 from harness import OPERATORS, in_native, in_torch
 from onnx import TensorProto
 
-from calibration.round_to_nearest import pack_int4, round_to_nearest
+from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export.inspection import doctor
 from mythos_export.quantize import quantize_bundle
 from runtimes import native_operators
@@ -37,7 +37,7 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 def quantized(weight: torch.Tensor, bits: int, block_size: int) -> list[torch.Tensor]:
-    values, scales = round_to_nearest(weight, bits, block_size)
+    values, scales = round_to_nearest(weight, Format(f"int{bits}", block_size))
     return [pack_int4(values) if bits == 4 else values, scales]
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import parser
 
-from calibration.round_to_nearest import pack_int4, round_to_nearest
+from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export import ops
 from mythos_export.ops import mixture_of_experts
 
@@ -38,7 +38,7 @@ def norm_weight(dim: int) -> torch.Tensor:
 
 def quantized(weight: torch.Tensor, bits: int, block_size: int, half: bool) -> list[torch.Tensor]:
     """Values and scales as the operators take them."""
-    values, scales = round_to_nearest(weight, bits, block_size)
+    values, scales = round_to_nearest(weight, Format(f"int{bits}", block_size))
     return [pack_int4(values) if bits == 4 else values, scales if half else scales.float()]
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.round_to_nearest import pack_int4, round_to_nearest
+from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export.export import export_bundle
 from mythos_export.ops.products import dequantize
 from mythos_export.quantize import quantize_bundle
@@ -36,7 +36,7 @@ def test_rounding_to_nearest(rows: int, channels: int, bits: int, block_size: in
     """No error beyond half a level, no scale that is 0 or not finite."""
     channels += channels % 2
     weight = torch.randn(rows, channels, generator=torch.Generator().manual_seed(0)) * size
-    values, scales = round_to_nearest(weight, bits, block_size)
+    values, scales = round_to_nearest(weight, Format(f"int{bits}", block_size))
     assert torch.isfinite(scales).all()
     assert (scales > 0).all()
     assert int(values.abs().max()) < 2 ** (bits - 1)
@@ -51,7 +51,7 @@ def test_weights_that_cannot_be_quantized_are_named(value: float) -> None:
     weight = torch.ones(2, 32)
     weight[1, 3] = value
     with pytest.raises(InputError, match=r"prelude\.0\.ffn\.down"):
-        round_to_nearest(weight, 8, 32, "prelude.0.ffn.down")
+        round_to_nearest(weight, Format(), "prelude.0.ffn.down")
 
 
 @pytest.mark.parametrize(("recipe", "worse"), [("int8", 1.002), ("int4", 1.3)])

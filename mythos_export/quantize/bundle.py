@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import onnx_ir as ir
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -78,7 +79,12 @@ class QuantizableBundle:
         return sample(text.source, encode, self.config.vocab_size, text.n_sequences, length, text.seed, unk_id)
 
     def calibration(
-        self, plan: Plan, text: Text, folder: str | Path, share: tuple[int, int] = (1, 1), progress: Progress | None = None
+        self,
+        plan: Plan,
+        text: Text,
+        folder: str | Path,
+        share: tuple[int, int] = (1, 1),
+        progress: Progress | None = None,
     ) -> Calibration:
         """What runs the model over the text, keeping statistics in the folder."""
         sha256 = self.manifest.files[self.graph.weights[0]].sha256
@@ -111,9 +117,9 @@ def gather_statistics(
     share: tuple[int, int] = (1, 1),
     progress: Progress | None = None,
 ) -> Statistics:
-    """Statistics for a recipe, kept in a folder for `quantize_bundle(statistics=…)`. share: (k, n), the k-th of n parts of the text.
+    """Statistics for a recipe, kept in a folder for `quantize_bundle(statistics=…)`.
 
-    Raises InputError for a recipe that needs none, and as quantize_bundle does.
+    share: (k, n), the k-th of n parts of the text. Raises InputError for a recipe that needs none, and as quantize_bundle does.
     """
     if not recipe.needs_statistics:
         raise InputError("the recipe needs no statistics; pass it to `mythos-export quantize` as it is")
@@ -165,12 +171,12 @@ def _check_text(recipe: Recipe, text: Text | None, statistics: Sequence[str | Pa
     if recipe.needs_ranges and text is None:
         raise InputError("the recipe has static activation scales, which come from text; pass --text")
     if recipe.needs_statistics and text is None and not statistics:
-        raise InputError("the recipe rests on calibration; pass --text, or --statistics made by `mythos-export calibrate`")
+        raise InputError(
+            "the recipe rests on calibration; pass --text, or --statistics made by `mythos-export calibrate`"
+        )
 
 
-def _statistics(
-    recipe: Recipe, calibration: Calibration | None, folders: Sequence[str | Path]
-) -> Statistics | None:
+def _statistics(recipe: Recipe, calibration: Calibration | None, folders: Sequence[str | Path]) -> Statistics | None:
     if not recipe.needs_statistics:
         return None
     if folders:
@@ -188,7 +194,7 @@ def _graph(source: QuantizableBundle, plan: Plan, quantizer: Quantizer) -> ir.Mo
             source.config,
             loops=graph.loops,
             max_loops=graph.max_loops,
-            cache_dtype="int8",
+            cache_dtype=torch.int8,
             row_scale=row_scale,
         ).model
         for name, tensor in source.stored.items():
@@ -242,7 +248,9 @@ def _write_weights(
             _write(file, initializers[values_name(name)], _values(quantizer, name, scales))
             _write(file, initializers[scales_name(name)], iter(scales))
         elif name in initializers:
-            _write(file, initializers[name], iter([quantizer.tensor(name) if name in changed else source.weights[name]]))
+            _write(
+                file, initializers[name], iter([quantizer.tensor(name) if name in changed else source.weights[name]])
+            )
         done += tensor.size
         tell("quantizing", done, total)
 

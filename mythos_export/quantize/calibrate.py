@@ -32,11 +32,12 @@ def unfolded(plan: Plan, weights: Mapping[str, Tensor], n_loops: int) -> Unfolde
 
 
 def wanted(plan: Plan, model: nn.Module, n_loops: int) -> dict[str, Wanted]:
-    """What to keep of which module. Second moments stay apart by loop where they all fit into memory together; otherwise only what the
-    recipe's rule for loops takes is kept."""
+    """What to keep of which module. Second moments stay apart by loop where they all fit into memory together; otherwise only what
+    the recipe's rule for loops takes is kept."""
     modules = dict(model.named_modules())
     rule = plan.recipe.calibration.loops
-    keep: str | int = {"last": -1, "first": 0, "max": "all"}.get(rule, "sum")
+    keeps: dict[str, str | int] = {"last": -1, "first": 0, "max": "all"}
+    keep = keeps.get(rule, "sum")
     needs, apart = (
         {
             name: Wanted(hessian=matrix.algorithm == "gptq", keep_loop=of_looped if matrix.looped else "sum")
@@ -86,9 +87,7 @@ class Calibration:
                     divisors[module] = columns
         return self._gather("ranges", model, needs, divisors)
 
-    def _gather(
-        self, what: str, model: nn.Module, needs: dict[str, Wanted], divisors: dict[str, Tensor]
-    ) -> Statistics:
+    def _gather(self, what: str, model: nn.Module, needs: dict[str, Wanted], divisors: dict[str, Tensor]) -> Statistics:
         first, of = self.share
         digest = hashlib.sha256()
         for name in sorted(divisors):

@@ -84,9 +84,7 @@ class Rewriter:
         for name, value in names.items():
             inputs += self._pair(weights[name]) if name in weights else [value]
         inputs.append(self._activation_scale(operator_of(plans[0].name), node, loop, count))
-        new = ir.node(
-            quantized, inputs, attributes, domain=ops.DOMAIN, name=node.name, num_outputs=len(node.outputs)
-        )
+        new = ir.node(quantized, inputs, attributes, domain=ops.DOMAIN, name=node.name, num_outputs=len(node.outputs))
         _replace(node, new)
 
     def _activation_scale(self, operator: str, node: ir.Node, loop: ir.Value | None, count: int) -> ir.Value:
