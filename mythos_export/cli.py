@@ -267,7 +267,7 @@ def verify(
         parity = run(bundle, source, text=text, tokens=tokens, loops=_numbers(loops, "--loops"), progress=tell)
     ok = all(check.ok for check in parity.checks)
     lines = [f"against {parity.oracle}, {parity.tokens} tokens"] + [
-        f"{'✓' if check.ok else '✗'} loops {check.loops:<3} {check.name:<10} max abs error {check.max_abs_error:.2e} "
+        f"{'✓' if check.ok else '✗'} loops {check.loops:<3} {check.name:<10} error {check.max_abs_error:.2e} "
         f"(tolerance {check.tolerance:.0e})"
         for check in parity.checks
     ]
