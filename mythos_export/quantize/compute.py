@@ -263,5 +263,5 @@ def _round(name: str, weight: Tensor, matrix: MatrixPlan, inputs: Inputs | None)
     least = float(inputs.square.max()) * 1e-9
     scales = searched_scales(weight, form, inputs.square.clamp(min=max(least, 1e-30)), name)
     if matrix.algorithm == "gptq" and inputs.hessian is not None:
-        return gptq(weight, inputs.hessian, form, scales), scales
+        return gptq(weight, inputs.hessian, form, scales)
     return round_with(weight, form, scales), scales
