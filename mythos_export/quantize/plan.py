@@ -164,6 +164,7 @@ def matrix_table(plan: Plan) -> Mapping[str, dict[str, object]]:
         name: {
             "format": matrix.form.kind,
             "block": "channel" if matrix.form.whole_rows else matrix.form.block_size,
+            "stored_block": matrix.form.block_size,
             "algorithm": matrix.algorithm,
         }
         for name, matrix in plan.matrices.items()
