@@ -125,7 +125,10 @@ def _body(form: FloatForm) -> str:
     gate_up, down = form.stack("gate_up"), form.stack("down")
     weights, scanned, scales = "gate_up_e, down_e", f"{gate_up}, {down}", ("", "")
     if isinstance(form, PackedForm):
-        weights, scanned = "gate_up_e, gate_up_e_scale, down_e, down_e_scale", "gate_up, gate_up_scale, down, down_scale"
+        weights, scanned = (
+            "gate_up_e, gate_up_e_scale, down_e, down_e_scale",
+            "gate_up, gate_up_scale, down, down_scale",
+        )
         scales = (_GATHER_SCALE.format("gate_up"), _GATHER_SCALE.format("down"))
     return f"""
   {form.preamble}
