@@ -1,7 +1,8 @@
-"""What quantized operators do to the inputs of their products: static scales, float8; in every form there is."""
+"""What quantized operators do to the inputs of their products, in every form there is: static scales, and float8 numbers."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import ml_dtypes
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from harness import KINDS, OPERATORS, Attributes, check, check_rounded, everywhere, in_native, in_torch, session_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper
+from onnx import helper, parser
 from test_operators import BLOCKS, FLOAT, FLOAT8, INT8, cache, experts, form, latent, norm_weight, quantized, randn
 
 from mythos_export import ops
 from mythos_export.export import attach_functions, bytes_of
+from mythos_export.ops import mixture_of_experts
 from mythos_export.ops.operator import Operator
 from mythos_export.ops.products import dequantize
 from runtimes import native_operators
@@ -118,48 +120,54 @@ def test_every_operator(
             check_rounded(operator, tensors, attributes, most=0.15 if activation_type == FLOAT8 else 0.05)
 
 
+@pytest.mark.parametrize("limit", [0, 10**12], ids=["walking", "gathering"])
+@pytest.mark.parametrize(("kind", "activation_type"), [("int4", INT8), ("int8", INT8), ("float8", FLOAT8)])
+def test_both_forms_of_the_mixture(limit: int, kind: str, activation_type: int) -> None:
+    """Whichever way the body takes, also with every token at one expert, and experts without tokens."""
+    operator = OPERATORS["QuantizedMixtureOfExperts"]
+    bodies = (operator.body, operator.dequantized_body or "")
+    body, dequantized_body = (text.replace(str(mixture_of_experts.GATHER_LIMIT), str(limit)) for text in bodies)
+    forced = dataclasses.replace(operator, body=body, dequantized_body=dequantized_body)
+    attributes = {"epsilon": 1e-6, "bits": 4 if kind == "int4" else 8, **form(32, activation_type)}
+    for tokens in (1, 17):
+        *rest, gate_up, down = experts(1, tokens, 40, 36, 6, 1)
+        tensors = [*rest, *stored(gate_up, kind), *stored(down, kind), torch.tensor([0.02, 0.005])]
+        check_rounded(forced, tensors, {"top_k": 2, **attributes}, most=0.15)
+        tensors[3][3] = 1e4
+        check_rounded(forced, tensors, {"top_k": 1, **attributes}, most=0.15)
+
+
+def model_of(graph: str, operator: Operator, constants: dict[str, torch.Tensor]) -> onnx.ModelProto:
+    """The graph in ONNX's textual form, with the operator's main body and initializers."""
+    imports = f'<ir_version: 10, opset_import: ["": {ops.OPSET}, "{ops.DOMAIN}": {ops.DOMAIN_VERSION}]>'
+    model = parser.parse_model(f"{imports} {graph}")
+    model.functions.append(operator.functions[""])
+    model.graph.initializer.extend(
+        helper.make_tensor(name, KINDS[tensor.dtype], tensor.shape, bytes(bytes_of(tensor)), raw=True)
+        for name, tensor in constants.items()
+    )
+    return model
+
+
 @pytest.mark.parametrize("activation_type", [INT8, FLOAT8])
 def test_scales_of_a_loop(activation_type: int) -> None:
     """Inside a Loop, each turn takes its row of a table of scales."""
     operator, table = OPERATORS["QuantizedResidualLinear"], torch.tensor([[0.05], [0.004], [0.02]])
-    x, weight = randn(1, 7, 40), quantized(randn(40, 40) / 7, 8, 32, True)
-    attributes = form(32, activation_type)
+    x, (weight, scale) = randn(1, 7, 40), quantized(randn(40, 40) / 7, 8, 32, True)
     expected = x
-    for scale in table:
-        (y,) = in_torch(operator, [expected, expected, *weight, scale], attributes, double=False)
+    for row in table:
+        tensors = [expected, expected, weight, scale, row]
+        (y,) = in_torch(operator, tensors, form(32, activation_type), double=False)
         expected = torch.from_numpy(y).float()
-    body = helper.make_graph(
-        [
-            helper.make_node("Gather", ["table", "turn"], ["activation_scale"], axis=0),
-            helper.make_node(
-                operator.name, ["h", "h", "weight", "scale", "activation_scale"], ["y"], domain=ops.DOMAIN, **attributes
-            ),
-            helper.make_node("Identity", ["go"], ["go_on"]),
-        ],
-        "turn",
-        [
-            helper.make_tensor_value_info("turn", onnx.TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", onnx.TensorProto.BOOL, []),
-            helper.make_tensor_value_info("h", FLOAT, [1, "seq", 40]),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", onnx.TensorProto.BOOL, []),
-            helper.make_tensor_value_info("y", FLOAT, [1, "seq", 40]),
-        ],
-    )
-    constants = {"table": table, "weight": weight[0], "scale": weight[1], "turns": torch.tensor(3)}
-    graph = helper.make_graph(
-        [helper.make_node("Loop", ["turns", "", "x"], ["out"], body=body)],
-        "loop",
-        [helper.make_tensor_value_info("x", FLOAT, [1, "seq", 40])],
-        [helper.make_tensor_value_info("out", FLOAT, [1, "seq", 40])],
-        [
-            helper.make_tensor(name, KINDS[tensor.dtype], tensor.shape, bytes(bytes_of(tensor)), raw=True)
-            for name, tensor in constants.items()
-        ],
-    )
-    imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.DOMAIN_VERSION)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=[operator.functions[""]])
+    graph = f"""g (float[1, seq, 40] x) => (float[1, seq, 40] out) {{
+      go = Constant <value = bool {{1}}> ()
+      out = Loop <body = turn (int64 i, bool go_in, float[1, seq, 40] h) => (bool go_out, float[1, seq, 40] y) {{
+        go_out = Identity(go_in)
+        row = Gather <axis = 0> (table, i)
+        y = ai.mythos.QuantizedResidualLinear <block_size = 32, activation_type = {activation_type}> (h, h, weight, scale, row)
+      }}> (turns, go, x)
+    }}"""
+    model = model_of(graph, operator, {"table": table, "weight": weight, "scale": scale, "turns": torch.tensor(3)})
     onnx.checker.check_model(model, full_check=True)
     for native in {False, native_operators.is_available()}:
         (out,) = session_of(model, native).run(None, {"x": x.numpy()})
@@ -173,34 +181,24 @@ def test_one_graph_with_both_bodies_of_the_mixture() -> None:
         {"top_k": 2, "epsilon": 1e-6, "bits": 8, **form(32, FLOAT)},
     )
     *rest, gate_up, down = experts(1, 3, 8, 6, 4, 1)
-    initializers, nodes, expected = [], [], rest[0]
+    constants, expected, nodes = {}, rest[0], []
     for index, kind in enumerate(["int8", "float8"]):
         tensors = [*rest[1:], *stored(gate_up, kind), *stored(down, kind), torch.empty(0)]
         names = [f"{name}_{index}" for name, _, _ in operator.inputs[1:]]
-        for name, tensor in zip(names, tensors, strict=True):
-            initializers.append(
-                helper.make_tensor(name, KINDS[tensor.dtype], tensor.shape, bytes(bytes_of(tensor)), raw=True)
-            )
-        nodes.append(
-            helper.make_node(operator.name, [f"x_{index}", *names], [f"x_{index + 1}"], domain=ops.DOMAIN, **attributes)
-        )
-        expected = torch.from_numpy(in_torch(operator, [expected, *tensors], attributes, double=False)[0]).float()
-    graph = helper.make_graph(
-        nodes,
-        "two",
-        [helper.make_tensor_value_info("x_0", FLOAT, [1, 3, 8])],
-        [helper.make_tensor_value_info("x_2", FLOAT, [1, 3, 8])],
-        initializers,
-    )
-    imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.DOMAIN_VERSION)]
-    model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10))
+        constants |= dict(zip(names, tensors, strict=True))
+        settings_text = ", ".join(f"{name} = {value:.7g}" for name, value in attributes.items())
+        nodes.append(f"x{index + 1} = ai.mythos.{operator.name} <{settings_text}> (x{index}, {', '.join(names)})")
+        (y,) = in_torch(operator, [expected, *tensors], attributes, double=False)
+        expected = torch.from_numpy(y).float()
+    graph = f"g (float[1, 3, 8] x0) => (float[1, 3, 8] x2) {{ {' '.join(nodes)} }}"
+    model = ir.from_proto(model_of(graph, operator, constants))
     attach_functions(model)
     proto = ir.to_proto(model)
     assert [node.overload for node in proto.graph.node] == ["", "dequantized"]
     assert sorted(function.overload for function in proto.functions) == ["", "dequantized"]
     for native in {False, native_operators.is_available()}:
-        (out,) = session_of(proto, native).run(None, {"x_0": rest[0].numpy()})
-        np.testing.assert_allclose(out, expected.numpy(), rtol=1e-4, atol=1e-4)
+        (out,) = session_of(proto, native).run(None, {"x0": rest[0].numpy()})
+        np.testing.assert_allclose(out, expected.numpy(), rtol=1e-4, atol=1e-4, err_msg=f"native: {native}")
 
 
 @needs_library

@@ -116,7 +116,7 @@ class Operator:
 
     @cached_property
     def functions(self) -> dict[str, onnx.FunctionProto]:
-        """The portable bodies as functions of standard operators, carried in every model file: by overload, "" or DEQUANTIZED."""
+        """The portable bodies as functions of standard operators, carried inside every model file, by their overload."""
         bodies = {"": self.body, DEQUANTIZED: self.dequantized_body}
         return {overload: self._function(overload, body) for overload, body in bodies.items() if body is not None}
 

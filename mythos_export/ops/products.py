@@ -87,7 +87,7 @@ def round_blocks(x: Tensor, block_size: int) -> Tensor:
 
 
 def round_static(x: Tensor, scale: Tensor, activation_type: int) -> Tensor:
-    """x rounded to the nearest multiple of scale [] that INT8 or FLOAT8E4M3FN holds, ties to even; the rest saturates."""
+    """x rounded to the nearest of the levels of INT8 or FLOAT8E4M3FN times scale [], ties to even; what is beyond, to the last."""
     if activation_type == TensorProto.INT8:
         return (x / scale).round().clamp(-INT8_MAX, INT8_MAX) * scale
     levels = (x / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
