@@ -18,7 +18,7 @@ from mythos_export.ops.operator import Operator
 from runtimes import native_operators
 
 OPERATORS = {operator.name: operator for operator in ops.OPERATORS}
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_vnni", "neon", "neon_dotprod")
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm")
 KINDS = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,

@@ -394,7 +394,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   return Ort::GetApi().AddCustomOpDomain(options, registry.domain);
 }
 
-// The instruction set in use: avx512_vnni, avx512, avx2, neon_dotprod, neon or scalar.
+// The instruction set in use: the name of its table (see dispatch.cc).
 __attribute__((visibility("default"))) const char* mythos_instruction_set() { return mythos::CurrentKernels().name; }
 
 // Uses another one in the whole process, for tests; 0 where this processor lacks it.

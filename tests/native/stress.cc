@@ -242,7 +242,7 @@ void StressRecurrent(const Tables& tables) {
 int main() {
   mythos::UseKernels("scalar");
   const mythos::Kernels& scalar = mythos::CurrentKernels();
-  for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni", "neon", "neon_dotprod"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm"}) {
     if (!mythos::UseKernels(name)) continue;
     const Tables tables{scalar, mythos::CurrentKernels()};
     for (int round = 0; round < 60; ++round) {
