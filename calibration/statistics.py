@@ -52,7 +52,7 @@ class Statistics:
             raise InputError(
                 f"{part}: is unfinished or damaged; run the calibration again, it goes on where it stopped"
             )
-        subject = {key: value for key, value in head["subject"].items() if key not in ("text", "share")}
+        subject = {key: value for key, value in head["subject"].items() if key != "share"}
         if self.subject is None:
             self.subject = subject
         elif subject != self.subject:
@@ -66,6 +66,11 @@ class Statistics:
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
+
+    def has(self, name: str, key: str) -> bool:
+        """Whether a sum of one module was kept."""
+        with safe_open(self._files[name][0], framework="pt") as file:
+            return f"{name}{_SEPARATOR}{key}" in file.keys()  # noqa: SIM118
 
     def moments(self, name: str, *keys: str) -> Moments:
         """The named sums (all: none named) of one module, over all folders."""

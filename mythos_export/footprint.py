@@ -98,7 +98,9 @@ def layer_size(name: str, dim: int, layer: LayerConfig) -> LayerSize:
 def _sizes(config: ModelConfig, *groups: str) -> list[LayerSize]:
     layers = {"prelude": config.prelude, "recurrent.layers": config.loop_layers, "coda": config.coda}
     return [
-        layer_size(f"{group}.{index}", config.dim, layer) for group in groups for index, layer in enumerate(layers[group])
+        layer_size(f"{group}.{index}", config.dim, layer)
+        for group in groups
+        for index, layer in enumerate(layers[group])
     ]
 
 

@@ -21,7 +21,7 @@ from calibration.text import Sample, sample, unk_token_id
 from mythos_export import __version__
 from mythos_export.config import ModelConfig
 from mythos_export.export import GRAPH_FILE, WEIGHTS_FILE, Progress, attach_functions, bytes_of, pad_for, write_graph
-from mythos_export.quantize.calibrate import Calibration
+from mythos_export.quantize.calibrate import STATISTICS, Calibration, unfolded, wanted
 from mythos_export.quantize.compute import CACHE_LIMIT, Quantizer
 from mythos_export.quantize.graph import Rewriter, scales_name, values_name
 from mythos_export.quantize.plan import Plan, make_plan, matrix_table
@@ -64,6 +64,11 @@ class QuantizableBundle:
         """The depth that calibration runs: the bundle's own."""
         return self.graph.default_loops if self.graph.loops is None else self.graph.loops
 
+    @property
+    def weights_sha256(self) -> str:
+        """What statistics of this bundle's weights are known by."""
+        return self.manifest.files[self.graph.weights[0]].sha256
+
     def sample(self, text: Text) -> Sample:
         """Token ids [N, T] to calibrate with. Raises InputError for text that does not serve."""
         encode, unk_id = None, None
@@ -87,8 +92,7 @@ class QuantizableBundle:
         progress: Progress | None = None,
     ) -> Calibration:
         """What runs the model over the text, keeping statistics in the folder."""
-        sha256 = self.manifest.files[self.graph.weights[0]].sha256
-        chosen = self.sample(text)
+        chosen, sha256 = self.sample(text), self.weights_sha256
         return Calibration(plan, self.weights, chosen, Path(folder), self.n_loops, sha256, share, progress)
 
 
@@ -152,7 +156,7 @@ def quantize_bundle(
     folder = Path(target).with_name(f".{Path(target).name}.calibration")
     with BundleWriter(target, force=force, needed_bytes=size) as writer:
         calibration = source.calibration(plan, text, folder, progress=progress) if text else None
-        found = _statistics(recipe, calibration, statistics)
+        found = _statistics(source, plan, calibration, statistics)
         quantizer = Quantizer(plan, source.weights, found)
         if recipe.needs_ranges and calibration is not None:
             quantizer.set_ranges(calibration.ranges(quantizer.factors))
@@ -176,12 +180,25 @@ def _check_text(recipe: Recipe, text: Text | None, statistics: Sequence[str | Pa
         )
 
 
-def _statistics(recipe: Recipe, calibration: Calibration | None, folders: Sequence[str | Path]) -> Statistics | None:
-    if not recipe.needs_statistics:
+def _statistics(
+    source: QuantizableBundle, plan: Plan, calibration: Calibration | None, folders: Sequence[str | Path]
+) -> Statistics | None:
+    if not plan.recipe.needs_statistics:
         return None
-    if folders:
-        return Statistics(folders)
-    return calibration.statistics() if calibration else None
+    if not folders:
+        return calibration.statistics() if calibration else None
+    found = Statistics([Path(folder) / STATISTICS for folder in folders])
+    if found.subject is None or found.subject["weights"] != source.weights_sha256:
+        raise InputError(f"{folders[0]}: was gathered of another bundle; run `mythos-export calibrate` on this one")
+    needed = wanted(plan, unfolded(plan, source.weights, source.n_loops), source.n_loops)
+    rule = msgspec.to_builtins(plan.recipe.calibration)
+    if found.subject["calibration"] != rule or any(
+        name not in found or (want.hessian and not found.has(name, "hessian")) for name, want in needed.items()
+    ):
+        raise InputError(
+            f"{folders[0]}: was gathered for a recipe that needs less, or otherwise; calibrate with this recipe"
+        )
+    return found
 
 
 def _graph(source: QuantizableBundle, plan: Plan, quantizer: Quantizer) -> ir.Model:

@@ -19,6 +19,7 @@ from mythos_export.model.unfolded import CachedRows, MixtureOfExperts, Unfolded
 from mythos_export.quantize.folds import Factors
 from mythos_export.quantize.plan import Plan
 
+STATISTICS = "statistics"  # the folder, within one of calibration, of what weights and cache rest on
 MEMORY = 2**30  # bytes of sums held at once
 
 
@@ -70,7 +71,7 @@ class Calibration:
     def statistics(self) -> Statistics:
         """What weights and cache rest on."""
         model = unfolded(self.plan, self.weights, self.n_loops)
-        return self._gather("statistics", model, wanted(self.plan, model, self.n_loops), {})
+        return self._gather(STATISTICS, model, wanted(self.plan, model, self.n_loops), {})
 
     def ranges(self, factors: Factors) -> Statistics:
         """Histograms of the inputs of products with static scales, as they are once the factors are folded in."""
