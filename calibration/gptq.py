@@ -22,10 +22,10 @@ _STRETCH = 1.5  # most that fitting may change a scale by
 def gptq(
     weight: Tensor, hessian: Tensor, form: Format, scales: Tensor, damping: float = 0.01, sweeps: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """weight [O, I] with scales [O, b] and the inputs' second moments XᵀX [I, I] -> values as they are stored [O, I], scales [O, b].
+    """weight [O, I], scales [O, b] and the inputs' second moments XᵀX [I, I] -> values as they are stored [O, I] and scales [O, b].
 
-    damping: share of the mean of the diagonal that is added to it. sweeps: rounds of fitting scales and numbers afterwards. A channel
-    that was always 0 is rounded to nearest.
+    damping: share of the mean of the diagonal that is added to it. sweeps: rounds of fitting scales and numbers afterwards. A
+    channel that was always 0 is rounded to nearest.
     """
     h = hessian.double()
     dead = h.diagonal() <= 0

@@ -38,8 +38,8 @@ class Storage:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Parameters of a layer that every token reads, in matrices by name and besides; those of one routed expert, and how many experts
-    there are and are read."""
+    """Parameters of a layer that every token reads, in matrices by name and besides; those of one routed expert, and how many
+    experts there are and are read."""
 
     matrices: dict[str, int]
     rest: int

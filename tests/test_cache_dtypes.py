@@ -272,7 +272,7 @@ def test_bytes_of_the_cache(int8_bundle: Path) -> None:
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
 def test_quantized_with_an_int8_cache(int8_bundle: Path, shakespeare: Path, tmp_path: Path, recipe: str) -> None:
     """Weights and cache quantized: nearly as good a prediction as with the cache alone."""
-    manifest = quantize_bundle(int8_bundle, tmp_path / "q", recipe)
+    manifest = quantize_bundle(int8_bundle, tmp_path / "q", recipe).manifest
     assert manifest.graphs[0].cache_dtype == "int8"
     model = onnx.load(tmp_path / "q" / "decoder.onnx", load_external_data=False)
     attention = [node for node in model.graph.node if "Attention" in node.op_type]

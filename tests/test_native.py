@@ -20,6 +20,7 @@ from onnx import TensorProto
 from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export.inspection import doctor
 from mythos_export.quantize import quantize_bundle
+from mythos_export.quantize.recipe import load_recipe, with_overrides
 from runtimes import native_operators
 from runtimes.errors import BackendError
 from runtimes.runner import load
@@ -118,7 +119,7 @@ def test_same_tokens_with_and_without(
 ) -> None:
     bundle = request.getfixturevalue(which)
     if recipe:
-        quantize_bundle(bundle, tmp_path / recipe, recipe, activation_bits=32)
+        quantize_bundle(bundle, tmp_path / recipe, with_overrides(load_recipe(recipe), None, 32))
         bundle = tmp_path / recipe
     native, portable = load(bundle, native=True), load(bundle, native=False)
     assert native.native
