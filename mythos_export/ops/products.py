@@ -45,8 +45,8 @@ def dequantize(weight: Tensor, scale: Tensor, block_size: int) -> Tensor:
 class ActivationRounding:
     """What an operator of n_products products does to their inputs.
 
-    activation_scale: [0] or [n_products], positive. activation_type: FLOAT, INT8 or FLOAT8E4M3FN of onnx.TensorProto. Raises
-    InputError where these do not fit each other.
+    activation_scale: [0] or [n_products], positive; not looked at for FLOAT. activation_type: FLOAT, INT8 or FLOAT8E4M3FN of
+    onnx.TensorProto. Raises InputError where these do not fit each other.
     """
 
     activation_scale: Tensor
@@ -58,12 +58,14 @@ class ActivationRounding:
         known = (TensorProto.FLOAT, TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
         if self.activation_type not in known:
             raise InputError(f"activation_type is {self.activation_type}; expected one of {', '.join(map(str, known))}")
-        n = self.activation_scale.numel()
-        if self.activation_type != TensorProto.FLOAT and n not in (0, self.n_products):
+        if self.activation_type == TensorProto.FLOAT:
+            return
+        scale, n = self.activation_scale, self.activation_scale.numel()
+        if n not in (0, self.n_products):
             raise InputError(f"activation_scale holds {n} scales; expected none or {self.n_products}, one a product")
         if self.activation_type == TensorProto.FLOAT8E4M3FN and n == 0:
             raise InputError("activation_scale is empty; FLOAT8E4M3FN needs static scales, one a product")
-        if not bool((torch.isfinite(self.activation_scale) & (self.activation_scale > 0)).all()):
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise InputError("activation_scale holds a scale that is not positive and finite; calibrate again")
 
     def __call__(self, x: Tensor, product: int = 0) -> Tensor:

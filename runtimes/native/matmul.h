@@ -50,8 +50,8 @@ struct Matrix {
 class Activations {
  public:
   Activations(size_t m, const Matrix& w, const Kernels& kernels)
-      : m_(m), k_(w.k), panels_(m >= kFewTokens), integer_(w.integer()), block_(w.block), rounds_to_(w.rounds_to()), scale_(w.activation_scale),
-        kernels_(kernels), memory_(Floats(w)) {
+      : m_(m), k_(w.k), panels_(m >= kFewTokens), integer_(w.integer()), block_(w.block), rounds_to_(w.rounds_to()),
+        scale_(w.activation_scale), kernels_(kernels), memory_(Floats(w)) {
     if (!integer_) return;
     tokens_.scales = memory_.get();
     tokens_.offsets = reinterpret_cast<int32_t*>(tokens_.scales + NumScales());
