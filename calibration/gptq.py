@@ -15,7 +15,6 @@ from torch import Tensor
 from calibration.rounding import Format
 
 _COLUMNS = 128  # columns between two updates of all the rest
-_ROWS = 64  # rows whose scales are fitted at a time
 _STRETCH = 1.5  # most that fitting may change a scale by
 
 
@@ -31,73 +30,79 @@ def gptq(
     dead = h.diagonal() <= 0
     h.diagonal()[dead] = 1.0
     h.diagonal().add_(damping * h.diagonal().mean())
-    weight = weight.float()
-    levels = _column_by_column(weight, h, form, scales)
+    columns = weight.float().T.contiguous()  # a column of the matrix is a row here: one run of memory
+    levels = _column_by_column(columns, h, form, scales)
     h = h.float()
     for _ in range(sweeps):
-        scales = _fitted_scales(weight, h, form, scales, levels)
-        levels = _descended(weight, h, form, scales, levels)
-    return form.store(levels), scales
+        scales = _fitted_scales(columns, h, form, scales, levels)
+        levels = _descended(columns, h, form, scales, levels)
+    return form.store(levels.T.contiguous()), scales
 
 
-def _column_by_column(weight: Tensor, h: Tensor, form: Format, scales: Tensor) -> Tensor:
-    """Levels [O, I] by GPTQ. h [I, I] float64, damped."""
+def _column_by_column(columns: Tensor, h: Tensor, form: Format, scales: Tensor) -> Tensor:
+    """Levels [I, O] of columns [I, O] by GPTQ. h [I, I] float64, damped."""
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     ordered = h[order][:, order]
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True).float()
-    w = weight[:, order]
-    s = form.each(scales, weight.shape[1])[:, order]
+    w, s = columns[order], _each(form, scales, columns)[order]
     levels = torch.empty_like(w)
-    for start in range(0, w.shape[1], _COLUMNS):
-        stop = min(start + _COLUMNS, w.shape[1])
-        errors = torch.empty_like(w[:, start:stop])
+    for start in range(0, len(w), _COLUMNS):
+        stop = min(start + _COLUMNS, len(w))
+        errors = torch.empty_like(w[start:stop])
         for i in range(start, stop):
-            levels[:, i] = form.levels(w[:, i] / s[:, i])
-            error = (w[:, i] - levels[:, i] * s[:, i]) / inverse[i, i]
-            w[:, i:stop].addr_(error, inverse[i, i:stop], alpha=-1.0)
-            errors[:, i - start] = error
-        w[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1.0)
+            levels[i] = form.levels(w[i] / s[i])
+            errors[i - start] = (w[i] - levels[i] * s[i]) / inverse[i, i]
+            w[i:stop].addr_(inverse[i, i:stop], errors[i - start], alpha=-1.0)
+        w[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1.0)
     restored = torch.empty_like(levels)
-    restored[:, order] = levels
+    restored[order] = levels
     return restored
 
 
-def _fitted_scales(weight: Tensor, h: Tensor, form: Format, scales: Tensor, levels: Tensor) -> Tensor:
-    """The scales [O, b] that make the error least with these levels, where they are sound; else as they were."""
+def _each(form: Format, scales: Tensor, columns: Tensor) -> Tensor:
+    """The scale of every number of columns [I, O]."""
+    return form.each(scales, len(columns)).T.contiguous()
+
+
+def _fitted_scales(columns: Tensor, h: Tensor, form: Format, scales: Tensor, levels: Tensor) -> Tensor:
+    """The scales [O, b] that make the error least with these levels [I, O], where they are sound; else as they were."""
     if form.whole_rows:
         return scales
-    n_blocks = scales.shape[1]
-    fitted = scales.float().clone()
-    for row in range(0, len(weight), _ROWS):
-        part = slice(row, row + _ROWS)
-        by_block = torch.block_diag(*[torch.ones(1, form.block_size)] * n_blocks)[:, : weight.shape[1]]
-        q = levels[part].unsqueeze(1) * by_block  # [rows, b, I]
-        qh = q @ h
-        normal = qh @ q.transpose(1, 2)
-        normal.diagonal(dim1=1, dim2=2).add_(1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12)
-        fitted[part] = torch.linalg.solve(normal, qh @ weight[part].unsqueeze(-1)).squeeze(-1)
+    size = form.block_size
+
+    def by_block(x: Tensor) -> Tensor:
+        """[I, O] summed over each block of channels -> [b, O]."""
+        return torch.stack([block.sum(0) for block in x.split(size)])
+
+    wanted = by_block((h @ columns) * levels).T
+    normal = torch.stack(
+        [
+            by_block((h[:, start : start + size] @ levels[start : start + size]) * levels)
+            for start in range(0, len(columns), size)
+        ]
+    ).permute(2, 0, 1)
+    normal = normal + torch.diag_embed(
+        1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand_as(wanted) + 1e-12
+    )
+    fitted = torch.linalg.solve(normal, wanted)
     old = scales.float()
     sound = torch.isfinite(fitted) & (fitted > old / _STRETCH) & (fitted < old * _STRETCH)
     return torch.where(sound, fitted, old).half()
 
 
-def _descended(weight: Tensor, h: Tensor, form: Format, scales: Tensor, levels: Tensor) -> Tensor:
-    """One sweep over the columns, each set to the levels that make the error least given all others."""
-    s = form.each(scales, weight.shape[1])
+def _descended(columns: Tensor, h: Tensor, form: Format, scales: Tensor, levels: Tensor) -> Tensor:
+    """Levels [I, O] after one sweep over the columns, each set to what makes the error least given all others."""
+    s = _each(form, scales, columns)
     levels = levels.clone()
-    difference = weight - levels * s
-    gradient = difference @ h
-    for start in range(0, weight.shape[1], _COLUMNS):
-        stop = min(start + _COLUMNS, weight.shape[1])
-        changes = torch.empty_like(weight[:, start:stop])
-        own = h[start:stop, start:stop]
+    gradient = h @ (columns - levels * s)
+    for start in range(0, len(columns), _COLUMNS):
+        stop = min(start + _COLUMNS, len(columns))
+        changes = torch.empty_like(columns[start:stop])
         for i in range(start, stop):
-            at = i - start
-            target = levels[:, i] * s[:, i] + gradient[:, i] / h[i, i]
-            new = form.levels(target / s[:, i])
-            changes[:, at] = (levels[:, i] - new) * s[:, i]
-            levels[:, i] = new
-            gradient[:, start:stop].addr_(changes[:, at], own[at])
-        gradient[:, :start].addmm_(changes, h[start:stop, :start])
-        gradient[:, stop:].addmm_(changes, h[start:stop, stop:])
+            new = form.levels(levels[i] + gradient[i] / (h[i, i] * s[i]))
+            changes[i - start] = (levels[i] - new) * s[i]
+            levels[i] = new
+            gradient[start:stop].addr_(h[i, start:stop], changes[i - start])
+        gradient[:start].addmm_(h[:start, start:stop], changes)
+        gradient[stop:].addmm_(h[stop:, start:stop], changes)
     return levels

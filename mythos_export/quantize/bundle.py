@@ -217,7 +217,8 @@ def _graph(source: QuantizableBundle, plan: Plan, quantizer: Quantizer) -> ir.Mo
         for name, tensor in source.stored.items():
             if name in model.graph.initializers:
                 model.graph.initializers[name].const_value = tensor
-    scales = {operator: quantizer.activation_scales(matrices) for operator, matrices in plan.operators()}
+    deepest = source.graph.max_loops
+    scales = {operator: quantizer.activation_scales(matrices, deepest) for operator, matrices in plan.operators()}
     Rewriter(model, plan, {operator: table for operator, table in scales.items() if table is not None}).run()
     return model
 

@@ -86,7 +86,7 @@ class Quantizer:
         outcome = self.outcomes[name] = Outcome()
         errors = [0.0, 0.0]
         for index, piece in self._pieces(matrix):
-            weight = self.factors.scaled(name, self._weights[name][piece], index)
+            weight = self.factors.scaled(name, self._weights[name][piece], piece)
             inputs = self._inputs(matrix, index, outcome)
             values, scales = _round(name, weight, matrix, inputs)
             importance = inputs.square if inputs else torch.ones(weight.shape[-1])
@@ -224,8 +224,11 @@ class Quantizer:
     def _part(matrix: MatrixPlan, module: str) -> tuple[MatrixPlan, str, int | None]:
         return matrix, module, matrix.modules.index(module) if len(matrix.shape) == 3 else None
 
-    def activation_scales(self, matrices: list[MatrixPlan]) -> Tensor | None:
-        """Static scales of an operator's products [L, n], or [1, n] where loops share them; None where there are none."""
+    def activation_scales(self, matrices: list[MatrixPlan], max_loops: int) -> Tensor | None:
+        """Static scales of an operator's products [max_loops, n], or [1, n] where loops share them; None where there are none.
+
+        Loops deeper than calibration ran take the scales of its last.
+        """
         activations = matrices[0].activations
         if activations.scale == "block" or activations.type == "float32":
             return None
@@ -235,7 +238,8 @@ class Quantizer:
             levels = 448.0 if activations.type == "fp8" else CACHE_LIMIT
             smallest = max(limits.max().item(), 1.0) * 1e-6
             columns.append(limits.clamp(min=smallest) / levels)
-        return torch.stack(columns, 1).float()
+        table = torch.stack(columns, 1).float()
+        return table if len(table) == 1 else torch.cat([table, table[-1:].expand(max_loops - len(table), -1)])
 
     def _limits(self, matrix: MatrixPlan, method: str, *, apart: bool) -> Tensor:
         """Magnitudes to represent [L or 1] in the inputs of a matrix, all matrices of a stack together."""

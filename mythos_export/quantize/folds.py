@@ -75,16 +75,18 @@ class Factors:
         part = where[name][at]
         part *= factors.reshape(part.shape) if factors.numel() == part.numel() else factors
 
-    def of(self, name: str, index: int | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Factors of the outputs and of the inputs of a tensor, or of matrix `index` of a stack; None for all 1."""
+    def of(self, name: str, part: int | slice | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Factors of the outputs and of the inputs of a tensor, of a matrix of a stack, or of a run of rows; None for all 1."""
         rows, columns = self.rows.get(name), self.columns.get(name)
-        if index is not None:
-            rows, columns = (part if part is None else part[index] for part in (rows, columns))
+        if part is not None and rows is not None:
+            rows = rows[part]
+        if isinstance(part, int) and columns is not None:
+            columns = columns[part]
         return rows, columns
 
-    def scaled(self, name: str, tensor: Tensor, index: int | None = None) -> Tensor:
-        """A tensor, or one matrix of it, with its factors; float32."""
-        rows, columns = self.of(name, index)
+    def scaled(self, name: str, tensor: Tensor, part: int | slice | None = None) -> Tensor:
+        """A tensor, or that part of it, with its factors; float32."""
+        rows, columns = self.of(name, part)
         if rows is not None:
             tensor = tensor * (rows if tensor.dim() == 1 else rows.unsqueeze(-1))
         return tensor if columns is None else tensor * (columns if tensor.dim() < 3 else columns.unsqueeze(-2))
