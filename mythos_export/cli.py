@@ -263,6 +263,9 @@ def _stream(generation: Any, quiet: bool, with_text: bool) -> None:
 def evaluate(
     bundle: Bundle,
     text: Annotated[Path, typer.Option(help="Text to score (.jsonl or plain).")],
+    against: Annotated[
+        str | None, typer.Option(metavar="BUNDLE|SOURCE", help="Another bundle, or a checkpoint, to compare with.")
+    ] = None,
     loops: LoopList = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score so many tokens at most.")] = None,
     threads: Threads = None,
@@ -270,17 +273,24 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity and bits per byte of a text, for each loop count."""
-    from mythos_export.evaluate import WINDOW
-    from mythos_export.evaluate import evaluate as run
-    from mythos_export.report import markdown_table, progress_bar
+    """Perplexity and bits per byte of a text, for each loop count; with --against, the divergence from another model."""
+    from mythos_export import evaluate as evaluation
+    from mythos_export.report import eval_report, progress_bar
     from runtimes.runner import load
 
+    depths = _numbers(loops, "--loops")
     with progress_bar(quiet or as_json) as tell:
-        results = run(load(bundle, threads=threads, native=native), text, _numbers(loops, "--loops"), max_tokens, tell)
-    rows = [[str(n), f"{q.perplexity:.4f}", f"{q.bits_per_byte:.4f}", str(q.tokens)] for n, q in results.items()]
-    plain = {"window": WINDOW, "loops": {str(n): q.to_dict() for n, q in results.items()}}
-    _emit(as_json, plain, markdown_table(["loops", "perplexity", "bits/byte", "tokens"], rows))
+        runner = load(bundle, threads=threads, native=native)
+        if against is None:
+            alone = evaluation.evaluate(runner, text, depths, max_tokens, tell)
+            results = {str(n): quality.to_dict() for n, quality in alone.items()}
+        else:
+            compared = evaluation.evaluate_against(
+                runner, against, text, depths, max_tokens, tell, threads=threads, native=native
+            )
+            results = {str(n): comparison.to_dict() for n, comparison in compared.items()}
+    plain = {"window": evaluation.WINDOW, "against": against, "loops": results}
+    _emit(as_json, plain, eval_report(plain, brief=quiet))
 
 
 @app.command()

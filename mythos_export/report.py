@@ -94,6 +94,38 @@ def attention_report(plain: dict[str, Any]) -> str:
     )
 
 
+def eval_report(plain: dict[str, Any], brief: bool = False) -> str:
+    """What `eval` shows, with --against or without; brief: the table alone."""
+    header = ["loops", "perplexity", "bits/byte"]
+    if plain["against"] is not None:
+        header += ["against", "ratio", "mean KL", "median KL", "99.9 % KL", "top-1 agreement"]
+    rows = []
+    for n_loops, result in plain["loops"].items():
+        rows.append([n_loops, _estimate(result, "perplexity", ".4f"), f"{result['bits_per_byte']:.4f}"])
+        if plain["against"] is not None:
+            other = result["against"]
+            rows[-1] += [
+                _estimate(other, "perplexity", ".4f"),
+                _estimate(other, "perplexity_ratio", ".5f"),
+                _estimate(other, "kl_mean", ".3g"),
+                f"{other['kl_median']:.3g}",
+                f"{other['kl_q999']:.3g}",
+                f"{100 * other['top1_agreement']:.2f} %",
+            ]
+    table = markdown_table(header, rows)
+    if brief:
+        return table
+    against = f"against {plain['against']}; KL(against ‖ bundle) in nats\n" if plain["against"] is not None else ""
+    scored = f"tokens: {result['tokens']}, windows: {result['windows']}"
+    return f"{against}{table}\n{scored}; ±: standard error over windows"
+
+
+def _estimate(plain: dict[str, Any], name: str, form: str) -> str:
+    """A figure with its standard error, where there is one."""
+    stderr = plain[f"{name}_stderr"]
+    return f"{plain[name]:{form}}" + ("" if stderr is None else f" ± {stderr:{form}}")
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar on a terminal, nothing in a pipe."""

@@ -16,7 +16,8 @@ from mythos_export.checkpoint import Checkpoint, load_checkpoint
 from mythos_export.config import ModelConfig
 from mythos_export.export import DTYPES
 from mythos_export.model.load import load_decoder
-from runtimes.backend import StepInput, StepOutput
+from mythos_export.model.score import run_decoder, window_step
+from runtimes.backend import StepOutput
 from runtimes.bundle import Check, Parity, rewrite_manifest
 from runtimes.errors import InputError
 from runtimes.runner import Runner, load
@@ -88,20 +89,10 @@ def _input_ids(runner: Runner, text: str | Path | None, tokens: int) -> list[int
 
 
 def _checks(runner: Runner, decoder: Any, oracle: Any, ids: list[int], depth: int) -> list[Check]:
-    if decoder.config.loop:
-        decoder.fixed_loops = depth
-    tokens = np.array([ids], dtype=np.int64)
-    step = StepInput(
-        tokens,
-        past_len=np.zeros(1, dtype=np.int64),
-        past_kv=np.zeros((runner.graph.slots(depth), 1, 1, runner.graph.cache_width), dtype=np.float32),
-        logit_positions=np.arange(len(ids), dtype=np.int64)[None],
-        n_loops=np.array([depth], dtype=np.int64),
-    )
-    got = runner.run_step(step)
+    step = window_step(decoder.config, ids, depth)
+    got, want = runner.run_step(step), run_decoder(decoder, step)
     with torch.no_grad():
-        want = StepOutput(*(output.numpy() for output in decoder(*map(torch.from_numpy, step[:4]))))
-        expected = oracle(torch.from_numpy(tokens), n_loops=depth)[0].numpy() if oracle else None
+        expected = oracle(torch.from_numpy(step.input_ids), n_loops=depth)[0].numpy() if oracle else None
     errors = {name: _error(getattr(got, name), getattr(want, name)) for name in StepOutput._fields}
     session = runner.session(1, depth)
     session.advance([ids[:-_DECODED]])

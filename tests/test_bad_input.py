@@ -654,6 +654,8 @@ def test_the_installed_command_prints_errors_with_exit_2(tmp_path):
         (["generate", "{bundle}", "-p", "a", "--loops", "13"], "n_loops is 13; expected 1 to 12"),
         (["generate", "{bundle}", "-p", "a", "--stop", ""], "must not be empty"),
         (["eval", "{bundle}", "--text", "none.txt"], "none.txt: no such text file"),
+        (["eval", "{bundle}", "--text", "a.txt", "--against", "none"], "none: no such file or folder"),
+        (["eval", "{bundle}", "--text", "a.txt", "--against", "{bundle}", "--loops", "13"], "n_loops is 13"),
         (["inspect", "{shakespeare}"], "not a bundle, it holds no manifest.json"),
     ],
 )

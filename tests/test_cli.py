@@ -86,8 +86,29 @@ def test_eval(bundle: Path, tmp_path: Path) -> None:
     plain = run_json("eval", bundle, "--text", text, "--loops", "1,4")
     assert set(plain["loops"]) == {"1", "4"}
     for quality in plain["loops"].values():
-        assert {"perplexity", "bits_per_byte", "tokens"} <= set(quality)
-    assert "perplexity" in run("eval", bundle, "--text", text, "--max-tokens", 5).stdout
+        assert set(quality) == {"perplexity", "perplexity_stderr", "bits_per_byte", "tokens", "windows"}
+    table = run("eval", bundle, "--text", text, "--max-tokens", 5).stdout
+    assert "perplexity" in table
+    assert "tokens: 5, windows: 1" in table
+    assert "tokens" not in run("eval", bundle, "--text", text, "--max-tokens", 5, "--quiet").stdout
+
+
+def test_eval_against(bundle: Path, shakespeare: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "To be, or not to be, that is the question."}\n{"text": "ROMEO.\\nBut soft"}\n')
+    for other in (bundle, shakespeare):
+        plain = run_json("eval", bundle, "--text", text, "--against", other, "--loops", "1,4")
+        assert plain["against"] == str(other)
+        for result in plain["loops"].values():
+            assert set(result["against"]) == {
+                "perplexity", "perplexity_stderr", "bits_per_byte", "tokens", "windows", "perplexity_ratio",
+                "perplexity_ratio_stderr", "kl_mean", "kl_mean_stderr", "kl_median", "kl_q999", "top1_agreement",
+                "top1_agreement_stderr",
+            }  # fmt: skip
+            assert result["against"]["top1_agreement"] == 1
+    table = run("eval", bundle, "--text", text, "--against", bundle, "--loops", "1").stdout
+    assert "100.00 %" in table
+    assert "KL(against ‖ bundle)" in table
 
 
 def test_bench(bundle: Path, shakespeare: Path) -> None:
