@@ -71,6 +71,16 @@ class Calibration:
         model = unfolded(self.plan, self.weights, self.n_loops)
         return self._gather("statistics", model, wanted(self.plan, model, self.n_loops), {})
 
+    def is_served_by(self, statistics: Statistics) -> bool:
+        """Whether statistics of the same model and settings, over whatever text, hold all that `statistics` would gather."""
+        subject = statistics.subject or {}
+        if any(subject.get(key) != value for key, value in self._settings().items()):
+            return False
+        held = subject["wanted"]
+        model = unfolded(self.plan, self.weights, self.n_loops)
+        needs = wanted(self.plan, model, self.n_loops)
+        return all(name in held and held[name][0] >= want.hessian for name, want in needs.items())
+
     def ranges(self, factors: Factors) -> Statistics:
         """Histograms of the inputs of products with static scales, as they are once the factors are folded in."""
         model = unfolded(self.plan, self.weights, self.n_loops)
@@ -86,6 +96,11 @@ class Calibration:
                     divisors[module] = columns
         return self._gather("ranges", model, needs, divisors)
 
+    def _settings(self) -> dict[str, Any]:
+        """What statistics must have been gathered of, and how, for this recipe."""
+        calibration = msgspec.to_builtins(self.plan.recipe.calibration)
+        return {"weights": self.weights_sha256, "n_loops": self.n_loops, "calibration": calibration}
+
     def _gather(
         self, what: str, model: nn.Module, needs: dict[str, Wanted], divisors: dict[str, Tensor]
     ) -> Statistics:
@@ -94,11 +109,9 @@ class Calibration:
         for name in sorted(divisors):
             digest.update(name.encode() + divisors[name].contiguous().numpy().tobytes())
         subject: dict[str, Any] = {
-            "weights": self.weights_sha256,
+            **self._settings(),
             "text": self.sample.record,
             "share": [first, of],
-            "n_loops": self.n_loops,
-            "calibration": msgspec.to_builtins(self.plan.recipe.calibration),
             "wanted": {name: [want.hessian, want.histogram, str(want.keep_loop)] for name, want in needs.items()},
             "divisors": digest.hexdigest(),
         }
