@@ -116,7 +116,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config = layer.attention
         self.qkv = NormalizedLinear(weights, f"{name}.qkv", epsilon)
-        self.cache = CachedRows(config)
+        self.cache = CachedRows(layer.attention)
         self.out = ResidualLinear(weights, f"{name}.out")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -115,8 +115,8 @@ def quantize_bundle(
 
     recipe: a Recipe, or names as load_recipe takes them. text: what to calibrate with; needed by recipes that rest on statistics,
     unless `statistics` names the folders that `mythos-export calibrate` made. A run that was killed while calibrating goes on where
-    it stopped: its statistics stand beside the target until the bundle is written. then: called with the bundle's quantizer once it is
-    written, while the statistics are still there.
+    it stopped: its statistics stand beside the target until the bundle is written. then: called with the bundle's quantizer once it
+    is written, while the statistics are still there.
     Raises BundleError or InputError before anything is written.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe

@@ -47,8 +47,8 @@ class Inputs(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What happened to a matrix. error: relative, as OutputError counts it. over: what that rests on. uncalibrated: experts rounded to
-    nearest because they saw too few tokens, with how many."""
+    """What happened to a matrix. error: relative, as OutputError counts it. over: what that rests on. uncalibrated: experts rounded
+    to nearest because they saw too few tokens, with how many."""
 
     error: float = 0.0
     over: ErrorOver = "weights"
@@ -56,8 +56,8 @@ class Outcome:
 
 
 class Quantizer:
-    """weights: every tensor by name, float32. statistics: None where the recipe needs none. observed: what is known of the inputs of
-    products, and errors are counted over; the statistics, else the ranges, unless set."""
+    """weights: every tensor by name, float32. statistics: None where the recipe needs none. observed: what is known of the inputs
+    of products, and errors are counted over; the statistics, else the ranges, unless set."""
 
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor], statistics: Statistics | None) -> None:
         self.plan, self._weights, self.statistics = plan, weights, statistics
@@ -82,8 +82,12 @@ class Quantizer:
         return (set(self.factors.rows) | set(self.factors.columns)) - set(self.plan.matrices)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that is not quantized, with its factors."""
+        """A tensor as it is before rounding, with its factors."""
         return self.factors.scaled(name, self._weights[name])
+
+    def folded(self) -> dict[str, Tensor]:
+        """Every tensor with its factors and nothing rounded: float32's results, by the weights that are rounded otherwise."""
+        return {**self._weights, **{name: self.tensor(name) for name in {*self.factors.rows, *self.factors.columns}}}
 
     def quantized(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """A matrix in pieces along its first dimension: values as they are stored (int4 unpacked) and scales."""
@@ -102,12 +106,8 @@ class Quantizer:
         """Every tensor as the quantized model computes with it, float32; for models that fit into memory twice."""
         changed = {name: self.tensor(name) for name in self.changed}
         for name, matrix in self.plan.matrices.items():
-            changed[name] = self.restored_matrix(matrix)
+            changed[name] = torch.cat([restore(v, matrix.form, s) for v, s in self.quantized(name)])
         return {**self._weights, **changed}
-
-    def restored_matrix(self, matrix: MatrixPlan) -> Tensor:
-        """One matrix, or stack, as the quantized model computes with it, float32."""
-        return torch.cat([restore(values, matrix.form, scales) for values, scales in self.quantized(matrix.name)])
 
     def _pieces(self, matrix: MatrixPlan) -> Iterator[tuple[int | None, Any]]:
         """(index, where): the matrices of a stack, or runs of rows."""

@@ -37,7 +37,9 @@ class Judge:
 
     def __init__(self, source: QuantizableBundle, text: Text, loops: Sequence[int] | None = None) -> None:
         if text.length < 2:
-            raise InputError(f"length is {text.length}; expected at least 2 tokens, as the first of a sequence is not scored")
+            raise InputError(
+                f"length is {text.length}; expected at least 2 tokens, as the first of a sequence is not scored"
+            )
         self.source = source
         wanted = list(loops) if loops is not None else default_loops(source)
         self.loops = [int(check_n_loops(source.graph, n_loops, 1)[0]) for n_loops in wanted]
@@ -46,7 +48,9 @@ class Judge:
         reference = Unfolded(source.config, source.weights, source.n_loops)
         self._against = _Remembering(UnfoldedScorer(reference), _REMEMBERED_BYTES)
 
-    def compare(self, model: Unfolded, progress: Progress | None = None, name: str = "scoring") -> dict[int, Comparison]:
+    def compare(
+        self, model: Unfolded, progress: Progress | None = None, name: str = "scoring"
+    ) -> dict[int, Comparison]:
         """KL(float32 ‖ model) and the rest at each loop count. name: what progress is told."""
 
         def tell(_: str, done: int, total: int) -> None:

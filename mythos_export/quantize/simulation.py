@@ -23,12 +23,13 @@ Round = Callable[[Tensor], Tensor]
 
 def quantized_model(quantizer: Quantizer, n_loops: int) -> Unfolded:
     """The model as the quantizer makes it; it holds every changed tensor in memory, in float32."""
-    return simulated_model(quantizer.plan, quantizer.restored(), static_scales(quantizer), n_loops)
+    plan = quantizer.plan
+    return simulated_model(plan, quantizer.restored(), static_scales(quantizer, plan), n_loops)
 
 
-def static_scales(quantizer: Quantizer) -> dict[str, Tensor]:
-    """Static activation scales [L or 1, n] by operator, of those that have them."""
-    tables = {operator: quantizer.activation_scales(matrices) for operator, matrices in quantizer.plan.operators()}
+def static_scales(quantizer: Quantizer, plan: Plan) -> dict[str, Tensor]:
+    """Static activation scales [L or 1, n] of a plan's operators, the quantizer's or some of them, where they have any."""
+    tables = {operator: quantizer.activation_scales(matrices) for operator, matrices in plan.operators()}
     return {operator: table for operator, table in tables.items() if table is not None}
 
 

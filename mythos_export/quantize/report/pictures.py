@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Figures = dict[str, Any]
-_STYLE = {
+_STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#9aa3ad",
     "axes.grid": True,
@@ -69,10 +69,10 @@ def matrix_errors(figures: Figures) -> Figure:
         at = [index for index, row in enumerate(rows) if _kind(row) == kind]
         axes.barh(at, [100 * rows[i]["error"] for i in at], color=colour, height=0.72, label=kind)
     others = list(dict.fromkeys(name for row in rows for name in row["other_errors"]))
-    for index, name in enumerate(others):
-        points = [(100 * row["other_errors"][name], i) for i, row in enumerate(rows) if name in row["other_errors"]]
-        axes.scatter(*zip(*points, strict=True), s=16, marker=_MARKERS[index % len(_MARKERS)], facecolor="white",
-                     edgecolor="#1c2126", linewidth=0.8, zorder=3, label=f"with {name}")  # fmt: skip
+    for number, name in enumerate(others):
+        at = [index for index, row in enumerate(rows) if name in row["other_errors"]]
+        axes.scatter([100 * rows[i]["other_errors"][name] for i in at], at, s=16, marker=_MARKERS[number % len(_MARKERS)],
+                     facecolor="white", edgecolor="#1c2126", linewidth=0.8, zorder=3, label=f"with {name}")  # fmt: skip
     _label_rows(axes, [row["name"] + (" *" if row["uncalibrated_experts"] else "") for row in rows])
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
@@ -99,15 +99,17 @@ def activation_ranges(figures: Figures) -> Figure:
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(2.35 * columns + 0.4, 1.75 * lines + 0.9), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
-    for axes, row in zip(grid.flat, rows, strict=False):
+    for index, (axes, row) in enumerate(zip(grid.flat, rows, strict=False)):
         loops = range(1, len(row["largest"]) + 1)
-        axes.plot(loops, _above_zero(row["largest"]), color=_CHOSEN, marker="o", markersize=3, label="largest magnitude")
+        axes.plot(
+            loops, _above_zero(row["largest"]), color=_CHOSEN, marker="o", markersize=3, label="largest magnitude"
+        )
         axes.plot(loops, _above_zero(row["rms"]), color=_COLOURS[0], marker="s", markersize=3, label="root mean square")
         axes.set_yscale("log")
         _plain_log(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(row["name"].removeprefix("recurrent.layers.").removesuffix(".weight"), fontsize=8, loc="left")
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, labelbottom=index >= len(rows) - columns)
     for axes in grid.flat[len(rows) :]:
         axes.remove()
     figure.suptitle("Inputs of the looped matrices, loop by loop", x=0.01, ha="left", fontsize=10)
@@ -150,7 +152,9 @@ def _coverage_of(pair: Any, mixture: Figures) -> None:
     bar = by_loop.figure.colorbar(image, ax=by_loop, label="tokens (log scale; black: none)", pad=0.02)
     _plain_log(bar.ax.yaxis, subs=(1,))
     fallen = set(mixture["uncalibrated"])
-    colours = [_WARNING if expert in fallen else _OTHER if expert >= routed else _COLOURS[0] for expert in range(n_experts)]
+    colours = [
+        _WARNING if expert in fallen else _OTHER if expert >= routed else _COLOURS[0] for expert in range(n_experts)
+    ]
     total.barh(range(n_experts), [max(sum(row), 0.5) for row in tokens], color=colours, height=0.72)
     total.axvline(mixture["least"], color=_WARNING, linestyle="--", linewidth=1)
     total.set_xscale("log")
@@ -179,7 +183,9 @@ def size_and_divergence(figures: Figures) -> Figure:
         x, y, error = recipe["n_bytes"] / 1e6, result["kl_mean"], result["kl_mean_stderr"] or 0.0
         colour = _CHOSEN if recipe["chosen"] else _OTHER
         low = min(error, 0.9 * y)  # a log scale has no room below 0
-        axes.errorbar(x, y, [[low], [error]], color=colour, capsize=3, marker="D" if recipe["chosen"] else "o", markersize=6)
+        axes.errorbar(
+            x, y, [[low], [error]], color=colour, capsize=3, marker="D" if recipe["chosen"] else "o", markersize=6
+        )
     axes.axvline(figures["float32_bytes"] / 1e6, color="#9aa3ad", linestyle=":")
     axes.annotate("float32", (figures["float32_bytes"] / 1e6, 0.02), (-4, 0), textcoords="offset points", ha="right",
                   xycoords=("data", "axes fraction"), color="#6b7680")  # fmt: skip
@@ -190,23 +196,25 @@ def size_and_divergence(figures: Figures) -> Figure:
     axes.set_xlabel("size of the weights in MB")
     axes.set_ylabel("mean KL(float32 ‖ quantized) in nats a token (log scale)")
     axes.set_title(f"Size against divergence from the float32 model, {depth} loops", loc="left")
-    _label_points(axes, recipes, [(recipe["n_bytes"] / 1e6, recipe["loops"][depth]["against"]["kl_mean"]) for recipe in recipes])
+    points = [(recipe["n_bytes"] / 1e6, recipe["loops"][depth]["against"]["kl_mean"]) for recipe in recipes]
+    _label_points(figure, axes, recipes, points)
     return figure
 
 
-def _label_points(axes: Axes, recipes: list[Figures], points: list[tuple[float, float]]) -> None:
+def _label_points(figure: Figure, axes: Axes, recipes: list[Figures], points: list[tuple[float, float]]) -> None:
     """Writes each recipe's name to the right of its point, from the lowest up, above what is already written there."""
-    axes.figure.draw_without_rendering()  # settles where points lie
-    pixels_a_point = axes.figure.dpi / 72
-    placed: list[tuple[float, float]] = []
-    for x, y, index in sorted((*axes.transData.transform(point), index) for index, point in enumerate(points)):
-        at = y
-        for _, taken in sorted((item for item in placed if abs(item[0] - x) < _LABEL_WIDTH * pixels_a_point), key=lambda item: item[1]):
-            if abs(taken - at) < _LABEL_HEIGHT * pixels_a_point:
-                at = taken + _LABEL_HEIGHT * pixels_a_point
-        placed.append((x, at))
+    figure.draw_without_rendering()  # settles where points lie
+    a_point = figure.dpi / 72
+    places = [tuple(axes.transData.transform(point)) for point in points]
+    written: list[tuple[float, float]] = []
+    for index in sorted(range(len(points)), key=lambda i: places[i][1]):
+        (x, y), up = places[index], 0.0
+        for left, height in written:
+            if abs(left - x) < _LABEL_WIDTH * a_point and abs(y + up - height) < _LABEL_HEIGHT * a_point:
+                up = height + _LABEL_HEIGHT * a_point - y
+        written.append((x, y + up))
         recipe = recipes[index]
-        axes.annotate(recipe["name"], points[index], (8, (at - y) / pixels_a_point - 3), textcoords="offset points",
+        axes.annotate(recipe["name"], points[index], (8, up / a_point - 3), textcoords="offset points",
                       color=_CHOSEN if recipe["chosen"] else _OTHER, weight="bold" if recipe["chosen"] else "normal")  # fmt: skip
 
 

@@ -27,7 +27,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes path (.html), and beside it its pictures as STEM.PICTURE.png and its figures as STEM.json; returns the figures.
 
-    quantizer: has quantized every matrix, and its statistics can still be read. The rest is as for report_figures. Raises OSError where the files cannot be written, ModuleNotFoundError without matplotlib or Jinja (see check_report).
+    quantizer: has quantized every matrix, and its statistics can still be read. The rest is as for report_figures. Raises OSError
+    where the files cannot be written, ModuleNotFoundError without matplotlib or Jinja (see check_report).
     """
     from mythos_export.quantize.report.pictures import draw
 
@@ -45,7 +46,11 @@ def _page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["size"] = size
     encoded = {name: base64.b64encode(png).decode("ascii") for name, png in pictures.items()}
