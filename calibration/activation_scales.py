@@ -27,13 +27,13 @@ def activation_limit(histogram: Tensor, exponent: float, largest: float, method:
     width = 2.0**exponent / len(counts)
     if method == "percentile":
         below = counts.cumsum(0) / counts.sum()
-        return min(largest, (int((below < PERCENTILE).sum()) + 1) * width)
+        return float(min(largest, (int((below < PERCENTILE).sum()) + 1) * width))
     cost = _squared_error if method == "mse" else _divergence
     used = int(torch.nonzero(counts).max()) + 1
     first = min(used, _LEVELS)
     kept = sorted({first + (used - first) * step // _STEPS for step in range(1, _STEPS + 1)})
     best = min(kept, key=lambda bins: cost(counts, bins))
-    return min(largest, best * width)
+    return float(min(largest, best * width))
 
 
 def _squared_error(counts: Tensor, bins: int) -> float:

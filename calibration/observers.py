@@ -18,7 +18,7 @@ from runtimes.errors import InputError
 
 BINS = 2048  # of a histogram, over 0 to a power of two: histograms of other ranges then merge exactly
 Moments = dict[str, Tensor]
-_EXTREMES = {"largest", "envelope"}
+_EXTREMES = {"largest", "envelope", "exponent"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Wanted:
 
 
 class Observer:
-    """The sums of one module. moments: [L] tokens and weight, [L, I] largest, magnitude, square; [L or 1, I, I] hessian;
-    [L, K] histogram with [L] exponent of its range; [L, I] envelope. Sums are float32, tokens float64. divisor [I]: inputs are divided
-    by it first."""
+    """The sums of one module's inputs.
 
-    def __init__(
-        self, name: str, channels: int, n_loops: int, wanted: Wanted, divisor: Tensor | None = None
-    ) -> None:
+    moments: [L] tokens and weight; [L, I] largest, magnitude, square; [L or 1, I, I] hessian; [L, K] histogram with [L] exponent of
+    its range; [L, I] envelope. Sums are float32, tokens and weight float64. divisor [I]: inputs are divided by it first.
+    """
+
+    def __init__(self, name: str, channels: int, n_loops: int, wanted: Wanted, divisor: Tensor | None = None) -> None:
         self.name, self.wanted, self.n_loops, self._divisor = name, wanted, n_loops, divisor
         self.moments: Moments = {
             "tokens": torch.zeros(n_loops, dtype=torch.float64),
@@ -135,8 +135,6 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     merged: Moments = {}
     for key, value in a.items():
         if key in _EXTREMES:
-            merged[key] = torch.maximum(value, b[key])
-        elif key == "exponent":
             merged[key] = torch.maximum(value, b[key])
         elif key == "histogram":
             rows = []

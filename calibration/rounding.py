@@ -20,8 +20,11 @@ _SHRINK = torch.linspace(1.0, 0.6, 17)  # shares of the largest magnitude that a
 
 @dataclass(frozen=True)
 class Format:
-    """Numbers a matrix is stored in. kind: "int8", "int4" or "fp8" (e4m3fn). block_size: input channels a scale, one of 32, 64, 128.
-    whole_rows: one scale a row, repeated for each of its blocks."""
+    """Numbers a matrix is stored in.
+
+    kind: "int8", "int4" or "fp8" (e4m3fn, arXiv 2209.05433). block_size: input channels a scale, of BLOCK_SIZES. whole_rows: one
+    scale a row, repeated for each of its blocks.
+    """
 
     kind: str = "int8"
     block_size: int = 32
@@ -43,7 +46,8 @@ class Format:
 
     def blocks(self, x: Tensor) -> Tensor:
         """[E, O, I] -> float32 [E, O, b, block_size], zeros where the last is not full."""
-        return F.pad(x.float(), (0, -x.shape[-1] % self.block_size)).unflatten(-1, (-1, self.block_size))
+        blocks: Tensor = F.pad(x.float(), (0, -x.shape[-1] % self.block_size)).unflatten(-1, (-1, self.block_size))
+        return blocks
 
     def levels(self, scaled: Tensor) -> Tensor:
         """The nearest of the format's numbers, as float32."""
@@ -81,14 +85,15 @@ def nearest_scales(weight: Tensor, form: Format, name: str = "weight") -> Tensor
 def searched_scales(weight: Tensor, form: Format, importance: Tensor, name: str = "weight") -> Tensor:
     """The same with each block's scale shrunk to where its squared rounding error, weighed by channel, is least.
 
-    importance [I] or [E, 1, I]: of the input channels, usually their mean squares.
+    importance [I]: of the input channels, usually their mean squares.
     """
     full = nearest_scales(weight, form, name).float()
-    blocks, weights = form.blocks(weight), form.blocks(importance.expand(weight.shape[-1:]) if importance.dim() == 1 else importance)
+    blocks, weights = form.blocks(weight), form.blocks(importance)
     best, least = full, torch.full_like(full, float("inf"))
     for share in _SHRINK.tolist():
         scales = (full * share).clamp(min=_SMALLEST_SCALE).half().float()
-        error = (form.levels(blocks / scales.unsqueeze(-1)) * scales.unsqueeze(-1) - blocks).square_().mul_(weights).sum(-1)
+        rounded = form.levels(blocks / scales.unsqueeze(-1)) * scales.unsqueeze(-1)
+        error = (rounded - blocks).square_().mul_(weights).sum(-1)
         if form.whole_rows:
             error = error.sum(-1, keepdim=True).expand_as(error)
         better = error < least
@@ -96,7 +101,13 @@ def searched_scales(weight: Tensor, form: Format, importance: Tensor, name: str 
     return best.half()
 
 
-def round_to_nearest(weight: Tensor, form: Format, scales: Tensor) -> Tensor:
+def round_to_nearest(weight: Tensor, form: Format, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """weight [E, O, I] -> values as they are stored [E, O, I] and `nearest_scales` [E, O, b]; raises what that raises."""
+    scales = nearest_scales(weight, form, name)
+    return round_with(weight, form, scales), scales
+
+
+def round_with(weight: Tensor, form: Format, scales: Tensor) -> Tensor:
     """weight [E, O, I] with scales [E, O, b] -> the nearest numbers, as they are stored [E, O, I]."""
     return form.store(form.levels(weight.float() / form.each(scales, weight.shape[-1])))
 

@@ -33,7 +33,9 @@ def awq(mean_input: Tensor, loss: Callable[[Tensor], float]) -> tuple[Tensor, fl
     mean_input [I]: mean magnitudes. loss: what a vector of factors costs, such as `weighted_error` over the matrices concerned.
     """
     best, least, chosen = torch.ones_like(mean_input), float("inf"), 0.0
-    positive = torch.where(mean_input > 0, mean_input, mean_input[mean_input > 0].min() if (mean_input > 0).any() else 1.0)
+    positive = torch.where(
+        mean_input > 0, mean_input, mean_input[mean_input > 0].min() if (mean_input > 0).any() else 1.0
+    )
     for step in range(_GRID):
         factors = _bounded(positive.double().pow(step / _GRID))
         cost = loss(factors)

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from calibration.observers import Moments, Observer, Wanted, merge_moments
 from runtimes.errors import InputError
 
-CONTRIBUTION = "contribution"  # a module of this name passes the weights [B, S, 1] of the tokens for the modules beside it
+CONTRIBUTION = (
+    "contribution"  # a module of this name passes the weights [B, S, 1] of the tokens for the modules beside it
+)
 _BATCH_TOKENS = 1024
 _SAVE_SECONDS = 30.0
 _SEPARATOR = "|"
@@ -47,8 +49,10 @@ class Statistics:
     def _add(self, part: Path) -> None:
         head = read_header(part)
         if head is None or head["seen"] != head["sequences"]:
-            raise InputError(f"{part}: is unfinished or damaged; run the calibration again, it goes on where it stopped")
-        subject = {key: value for key, value in head["subject"].items() if key not in ("text", "share")}
+            raise InputError(
+                f"{part}: is unfinished or damaged; run the calibration again, it goes on where it stopped"
+            )
+        subject = {key: value for key, value in head["subject"].items() if key != "share"}
         if self.subject is None:
             self.subject = subject
         elif subject != self.subject:
@@ -62,6 +66,11 @@ class Statistics:
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
+
+    def has(self, name: str, key: str) -> bool:
+        """Whether a sum of one module was kept."""
+        with safe_open(self._files[name][0], framework="pt") as file:
+            return f"{name}{_SEPARATOR}{key}" in file.keys()  # noqa: SIM118
 
     def moments(self, name: str, *keys: str) -> Moments:
         """The named sums (all: none named) of one module, over all folders."""
@@ -102,15 +111,18 @@ def gather(
     model: any module that takes ids [B, T]; a module's calls within one forward are its loops, at most n_loops. A module may say
     which of the batch's tokens its next input stands for by an attribute `tokens` [n]; without it, all B * T. contribution: weigh
     tokens by what passes the module named "contribution" beside them, where there is one. memory: bytes of sums held at once; more
-    are gathered in several passes over the text. divisors: [I] of the inputs of the modules named. subject: plain JSON that says what this is of; parts of the same subject in the
-    folder are taken up again, others replaced. Raises InputError for inputs that are NaN or infinite, or a name that is no module.
+    are gathered in several passes over the text. divisors: [I], what to divide the inputs of the modules named by. subject: plain
+    JSON that says what this is of; parts of the same subject in the folder are taken up again, others replaced.
+    Raises InputError for inputs that are NaN or infinite, or a name that is no module.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     modules = dict(model.named_modules())
     missing = sorted(set(wanted) - set(modules))
     if missing:
-        raise InputError(f"the model has no modules {', '.join(missing[:5])}; it has {', '.join(list(modules)[1:6])}, …")
+        raise InputError(
+            f"the model has no modules {', '.join(missing[:5])}; it has {', '.join(list(modules)[1:6])}, …"
+        )
     passes = _passes(modules, wanted, n_loops, memory)
     for stale in set(target.glob("part-*")) - {target / _part(i) for i in range(len(passes))}:
         stale.unlink()  # of another plan, or half written by a killed run

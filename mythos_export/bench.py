@@ -120,7 +120,10 @@ def bench(
     tell("measuring", 1, 1)
     rows = [_row(runner, name, workload, loops, measured[name], reference_seconds[name]) for name in tests]
     weights = sum(runner.manifest.files[name].size for name in runner.graph.weights)
-    cache = _cache_bytes(runner, workload, loops)
+    # Of the longer of the two tests.
+    longest = workload.batch * max(workload.prompt, workload.context + workload.new + 1)
+    config = ModelConfig.from_dict(runner.manifest.model)
+    cache = footprint.cache_bytes(config, loops, longest, runner.graph.cache_dtype)
     return Report(
         tuple(rows),
         statistics.median(bandwidth.probes),
@@ -129,13 +132,6 @@ def bench(
         cache,
         {**environment(runner, threads), "loops": loops, "batch": workload.batch, "repetitions": workload.repetitions},
     )
-
-
-def _cache_bytes(runner: Runner, workload: Workload, loops: int) -> int:
-    """Of the longer of the two tests."""
-    graph = runner.graph
-    tokens = workload.batch * max(workload.prompt, workload.context + workload.new + 1)
-    return graph.slots(loops) * tokens * graph.cache_width * np.dtype(graph.dtype).itemsize
 
 
 def _runner_test(runner: Runner, name: str, workload: Workload, loops: int) -> Callable[[], float]:
@@ -230,7 +226,7 @@ def _bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) 
     manifest, graph = runner.manifest, runner.graph
     config = ModelConfig.from_dict(manifest.model)
     storage = footprint.Storage.of("float32" if graph.dtype == "float32" else graph.weight_dtype, manifest.quantization)
-    batch, row = workload.batch, footprint.cache_numbers(config, loops, 1) * np.dtype(graph.dtype).itemsize
+    batch, row = workload.batch, footprint.cache_bytes(config, loops, 1, graph.cache_dtype)
     if name == "pp":
         weights = footprint.weight_bytes_read(config, loops, batch * workload.prompt, storage)
         return weights / (batch * workload.prompt) + row
@@ -281,6 +277,7 @@ def environment(runner: Runner, threads: int) -> dict[str, Any]:
         "parameters": footprint.parameters(ModelConfig.from_dict(runner.manifest.model)),
         "weight_dtype": graph.weight_dtype,
         "compute_dtype": graph.dtype,
+        "cache_dtype": graph.cache_dtype,
     }
 
 

@@ -21,18 +21,13 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from mythos_export import ops
+from mythos_export import footprint, ops
 from mythos_export.bench import ReadBandwidth, environment
 from mythos_export.config import AttentionConfig, LatentAttentionConfig, ModelConfig
+from runtimes.cache import CACHE_DTYPES
 from runtimes.errors import InputError
 from runtimes.onnxruntime_backend import session_options
 from runtimes.runner import load
-
-CACHES: dict[str, tuple[int, np.dtype[Any]]] = {
-    "float32": (TensorProto.FLOAT, np.dtype(np.float32)),
-    "float16": (TensorProto.FLOAT16, np.dtype(np.float16)),
-    "int8": (TensorProto.INT8, np.dtype(np.int8)),
-}
 
 
 @dataclass(frozen=True)
@@ -66,32 +61,33 @@ Progress = Callable[[str, int, int], None]
 def bench_attention(
     bundle: str | Path,
     contexts: Sequence[int],
-    cache: str = "float32",
+    cache_dtype: str | None = None,
     repetitions: int = 5,
     threads: int | None = None,
     native: bool | None = None,
     progress: Progress | None = None,
 ) -> AttentionReport:
-    """Measures attention of one token over caches of `contexts` rows of the number format `cache` (one of CACHES).
+    """Measures attention of one token over caches of `contexts` rows of cache_dtype, one of CACHE_DTYPES (default: the bundle's).
 
-    The weights around it are random. Raises InputError for a context below 1 or an unknown format.
+    The weights around it are random. Raises InputError for a context below 1 or an unknown dtype.
     """
-    if cache not in CACHES:
-        raise InputError(f'cache is "{cache}"; expected one of {", ".join(CACHES)}')
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        raise InputError(f'cache_dtype is "{cache_dtype}"; expected one of {", ".join(CACHE_DTYPES)}')
     for context in contexts:
         if context < 1:
             raise InputError(f"attention over {context} rows; expected at least 1")
     runner = load(bundle, threads=threads, native=native)
+    cache_dtype = cache_dtype or runner.graph.cache_dtype
     config = ModelConfig.from_dict(runner.manifest.model)
     attention = config.layers[0].attention
-    session, weights = _session(attention, cache, threads, runner.native)
+    session, weights = _session(attention, cache_dtype, threads, runner.native)
     n_threads = threads or os.cpu_count() or 1
     bandwidth = ReadBandwidth(n_threads)
     rows = []
     for done, context in enumerate(contexts):
         if progress:
             progress("measuring", done, len(contexts))
-        feeds = {**weights, **_cache(attention, cache, context)}
+        feeds = {**weights, **_cache(attention, cache_dtype, context)}
 
         def test(feeds: Feeds = feeds) -> float:
             began = time.perf_counter()
@@ -100,9 +96,10 @@ def bench_attention(
             return (time.perf_counter() - began) / _RUNS
 
         test()  # warm-up
-        n_bytes = context * (attention.cache_width * CACHES[cache][1].itemsize + (4 if cache == "int8" else 0))
+        n_bytes = context * footprint.row_bytes(attention.cache_width, cache_dtype)
         rows.append(_row(context, n_bytes, [bandwidth.beside(test) for _ in range(repetitions)]))
-    about = {**environment(runner, n_threads), "attention": msgspec.to_builtins(attention), "cache": cache}
+    about = environment(runner, n_threads)
+    about |= {"attention": msgspec.to_builtins(attention), "cache_dtype": cache_dtype}
     return AttentionReport(tuple(rows), statistics.median(bandwidth.probes), about)
 
 
@@ -113,7 +110,7 @@ def _row(context: int, n_bytes: int, measured: list[tuple[float, float]]) -> Att
 
 
 def _session(
-    config: AttentionConfig, cache: str, threads: int | None, native: bool
+    config: AttentionConfig, cache_dtype: str, threads: int | None, native: bool
 ) -> tuple[onnxruntime.InferenceSession, Feeds]:
     """One node in a graph, and its inputs besides the cache."""
     random = np.random.default_rng(0)
@@ -139,8 +136,15 @@ def _session(
         attributes["scale"] = config.head_dim**-0.5
         feeds["qkv"] = numbers(1, 1, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
     name = "LatentAttention" if isinstance(config, LatentAttentionConfig) else "GroupedQueryAttention"
-    operator = next(o for o in ops.OPERATORS if o.name == name + ("Int8Cache" if cache == "int8" else ""))
-    kinds = {"past_kv": CACHES[cache][0], "past_len": TensorProto.INT64, "slot": TensorProto.INT64}
+    if cache_dtype == "int8":
+        name += "Int8Cache"
+        attributes["row_scale"] = 0.0
+    operator = next(o for o in ops.OPERATORS if o.name == name)
+    kinds = {
+        "past_kv": helper.np_dtype_to_tensor_dtype(np.dtype(cache_dtype)),
+        "past_len": TensorProto.INT64,
+        "slot": TensorProto.INT64,
+    }
     inputs = [
         helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), None) for name, _, _ in operator.inputs
     ]
@@ -155,10 +159,10 @@ def _session(
     return onnxruntime.InferenceSession(model.SerializeToString(), options), feeds
 
 
-def _cache(config: AttentionConfig, cache: str, context: int) -> Feeds:
-    shape, dtype = (1, 1, context, config.cache_width), CACHES[cache][1]
-    past_kv: NDArray[Any] = np.ones(shape, dtype)
+def _cache(config: AttentionConfig, cache_dtype: str, context: int) -> Feeds:
+    shape = (1, 1, context, config.cache_width)
+    past_kv: NDArray[Any] = np.ones(shape, np.dtype(cache_dtype))
     feeds: Feeds = {"past_kv": past_kv, "past_len": np.array([context])}
-    if cache == "int8":
+    if cache_dtype == "int8":
         feeds["past_scale"] = np.full(shape[:3], 0.01, dtype=np.float32)
     return feeds

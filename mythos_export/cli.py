@@ -90,7 +90,10 @@ def export(
     max_loops: Annotated[
         int | None, typer.Option(help="Deepest n_loops of a dynamic bundle; default the trained count.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Storage of matrices and cache.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(help="Storage of the matrices.")] = Dtype.float32,
+    cache_dtype: Annotated[
+        str | None, typer.Option(metavar="float32|float16|int8", help="Storage of the cache; default that of --dtype.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json; default the one beside the checkpoint.")
     ] = None,
@@ -115,6 +118,7 @@ def export(
             loops=count[0] if count else None,
             max_loops=max_loops,
             dtype=dtype.value,
+            cache_dtype=cache_dtype,
             tokenizer=tokenizer,
             eos=eos or (),
             force=force,
@@ -129,40 +133,120 @@ def export(
         "loops": graph.loops,
         "max_loops": graph.max_loops,
         "dtype": graph.dtype,
+        "cache_dtype": graph.cache_dtype,
     }
-    _emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {graph.dtype}, {depth}")
+    form = graph.dtype if graph.cache_dtype == graph.dtype else f"{graph.dtype} with a {graph.cache_dtype} cache"
+    _emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {form}, {depth}")
+
+
+Recipes = Annotated[
+    str,
+    typer.Option(
+        "--recipe", metavar="NAME[,NAME…]", help="Shipped recipes or .toml files; see `mythos-export recipes`."
+    ),
+]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        "--text", help="Calibration text: .jsonl, plain text, token ids (.npy), or a Hugging Face dataset's name."
+    ),
+]
+Sequences = Annotated[int, typer.Option("--sequences", help="Sequences to calibrate with.")]
+Length = Annotated[int, typer.Option("--length", help="Tokens of each.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the choice of sequences.")]
 
 
 @app.command()
 def quantize(
     bundle: Bundle,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The bundle folder to make.")],
-    recipe: Annotated[str, typer.Option(metavar="int8|int4", help="What the matrices become.")] = "int8",
-    block: Annotated[int, typer.Option(metavar="32|64|128", help="Input channels that share a scale.")] = 32,
+    recipe: Recipes = "int8",
+    text: CalibrationText = None,
+    sequences: Sequences = 128,
+    length: Length = 512,
+    seed: Seed = 0,
+    statistics: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER", help="What `calibrate` gathered, instead of running the model; may be repeated."
+        ),
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(metavar="32|64|128", help="Input channels that share a scale; default the recipe's.")
+    ] = None,
     activation_bits: Annotated[
-        int, typer.Option(metavar="8|32", help="8: inputs of products are rounded to 8 bits a block; 32: they are not.")
-    ] = 8,
+        int | None,
+        typer.Option(metavar="8|32", help="32: inputs of products are not rounded, whatever the recipe says."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a quantized copy of a float32 bundle, by rounding to nearest."""
-    from mythos_export.quantize import quantize_bundle as run
-    from mythos_export.report import progress_bar, size
+    """Make a quantized copy of a float32 bundle by a recipe, calibrated on text where that asks for it."""
+    from mythos_export.quantize.bundle import Text, quantize_bundle
+    from mythos_export.quantize.recipe import load_recipe, with_overrides
+    from mythos_export.report import progress_bar, quantization_report
 
     with progress_bar(quiet or as_json) as tell:
-        manifest = run(
+        quantized = quantize_bundle(
             bundle,
             output,
-            recipe,
-            block_size=block,
-            activation_bits=activation_bits,
+            with_overrides(load_recipe(recipe), block, activation_bits),
+            text=Text(text, sequences, length, seed) if text else None,
+            statistics=statistics or (),
             force=force,
             progress=tell,
         )
-    total = sum(entry.size for entry in manifest.files.values())
-    plain = {"bundle": str(output), "bytes": total, "quantization": manifest.quantization}
-    _emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {recipe}, a scale for every {block} channels")
+    plain = {"bundle": str(output), **quantized.to_dict()}
+    _emit(as_json, plain, "" if quiet else quantization_report(plain, recipe))
+
+
+@app.command()
+def calibrate(
+    bundle: Bundle,
+    text: Annotated[str, typer.Option(help="As for `quantize`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the statistics go.")],
+    recipe: Recipes = "int4-gptq",
+    sequences: Sequences = 128,
+    length: Length = 512,
+    seed: Seed = 0,
+    part: Annotated[
+        str,
+        typer.Option(metavar="K/N", help="Only the K-th of N parts of the text: processes side by side, merged later."),
+    ] = "1/1",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Gather the statistics a recipe rests on, loop by loop; killed, it goes on where it stopped."""
+    from mythos_export.quantize.bundle import Text, gather_statistics
+    from mythos_export.quantize.recipe import load_recipe
+    from mythos_export.report import progress_bar
+
+    with progress_bar(quiet or as_json) as tell:
+        found = gather_statistics(
+            bundle, output, load_recipe(recipe), Text(text, sequences, length, seed), _share(part), tell
+        )
+    plain = {"statistics": str(output), "modules": len(found.tokens), "tokens": max(found.tokens.values())}
+    _emit(as_json, plain, "" if quiet else f"{output}: {plain['modules']} modules, {plain['tokens']} tokens")
+
+
+@app.command()
+def recipes(as_json: Json = False, quiet: Quiet = False) -> None:
+    """List the recipes that come along."""
+    from mythos_export.quantize.recipe import shipped
+    from mythos_export.report import markdown_table
+
+    known = {name: recipe.description for name, recipe in shipped().items()}
+    _emit(
+        as_json, known, "\n".join(known) if quiet else markdown_table(["recipe", "what it does"], list(known.items()))
+    )
+
+
+def _share(text: str) -> tuple[int, int]:
+    part, _, of = text.partition("/")
+    if not (part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of)):
+        raise InputError(f'--part is "{text}"; expected K/N with K from 1 to N, such as 2/4')
+    return int(part), int(of)
 
 
 @app.command()
@@ -183,7 +267,7 @@ def verify(
         parity = run(bundle, source, text=text, tokens=tokens, loops=_numbers(loops, "--loops"), progress=tell)
     ok = all(check.ok for check in parity.checks)
     lines = [f"against {parity.oracle}, {parity.tokens} tokens"] + [
-        f"{'✓' if check.ok else '✗'} loops {check.loops:<3} {check.name:<10} max abs error {check.max_abs_error:.2e} "
+        f"{'✓' if check.ok else '✗'} loops {check.loops:<3} {check.name:<10} error {check.max_abs_error:.2e} "
         f"(tolerance {check.tolerance:.0e})"
         for check in parity.checks
     ]
@@ -311,9 +395,10 @@ def bench(
         str | None,
         typer.Option(metavar="N,N,…", help="Time the attention operator alone over so many cached rows instead."),
     ] = None,
-    cache: Annotated[
-        str, typer.Option(metavar="float32|float16|int8", help="Number format of the rows for --attention.")
-    ] = "float32",
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="float32|float16|int8", help="Of the rows for --attention; default the bundle's."),
+    ] = None,
     form: Annotated[Form, typer.Option("-o", "--output", help="How to print.")] = Form.table,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -329,7 +414,7 @@ def bench(
         from mythos_export.bench_attention import bench_attention
 
         with progress_bar(quiet or as_json) as tell:
-            alone = bench_attention(bundle, contexts, cache, repetitions, threads, native, tell)
+            alone = bench_attention(bundle, contexts, cache_dtype, repetitions, threads, native, tell)
         _emit(as_json, alone.to_dict(), "" if as_json else attention_report(alone.to_dict()))
         return
     with progress_bar(quiet or as_json) as tell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from mythos_export.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from mythos_export.config import ModelConfig
 from mythos_export.families.open_mythos import Pack
 from mythos_export.model import Decoder
-from mythos_export.trace import Parameter, Traced, trace, widened
+from mythos_export.trace import DATA_TYPES, Parameter, Traced, store_reduced, trace
 from runtimes.bundle import FORMAT_VERSION, BundleWriter, Graph, HashedFile, Manifest
+from runtimes.cache import CACHE_DTYPES
 from runtimes.errors import InputError
 
 GRAPH_FILE = "decoder.onnx"
@@ -38,6 +40,7 @@ def export_bundle(
     loops: int | None = None,
     max_loops: int | None = None,
     dtype: str = "float32",
+    cache_dtype: str | None = None,
     tokenizer: str | Path | None = None,
     eos: Sequence[str] = (),
     force: bool = False,
@@ -46,15 +49,17 @@ def export_bundle(
     """Exports a checkpoint to a bundle folder and returns its manifest.
 
     source: what load_checkpoint takes, or a Checkpoint. loops: a fixed loop count, None for a dynamic one. max_loops: deepest
-    n_loops of a dynamic bundle (default: the trained count). dtype: of the matrices and the cache. tokenizer: a tokenizer.json
-    (default: the one beside the checkpoint, if any). eos: tokens that end a text (default none: OpenMythos checkpoints declare
-    none, and the reference generates on). force: replace an existing bundle.
+    n_loops of a dynamic bundle (default: the trained count). dtype: of the matrices. cache_dtype: of the cache, one of
+    CACHE_DTYPES (default: dtype); int8 rows have a float32 scale each. tokenizer: a tokenizer.json (default: the one beside the
+    checkpoint, if any). eos: tokens that end a text (default none: OpenMythos checkpoints declare none, and the reference
+    generates on). force: replace an existing bundle.
     Raises CheckpointError, ConfigError, InputError or BundleError before anything is written.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
     max_loops = _depth(checkpoint.config, loops, max_loops)
     if dtype not in DTYPES:
         raise InputError(f'dtype is "{dtype}"; expected one of {", ".join(DTYPES)}')
+    forms = _forms(dtype, cache_dtype)
     text_file = Path(tokenizer) if tokenizer is not None else checkpoint.tokenizer
     eos_ids = _check_tokenizer(text_file, checkpoint.config.vocab_size, eos)
     packs = checkpoint.tensors(max_loops)
@@ -62,15 +67,14 @@ def export_bundle(
     needed = _bytes_needed(checkpoint.config, max_loops, DTYPES[dtype])
     with BundleWriter(target, force=force, needed_bytes=needed) as writer:
         tell("tracing", 0, 1)
-        traced = trace(checkpoint.config, loops=loops, max_loops=max_loops, dtype=DTYPES[dtype])
+        traced = [form.traced(checkpoint.config, loops, max_loops) for form in forms]
         tell("tracing", 1, 1)
-        offsets = _write_weights(writer.create(WEIGHTS_FILE), traced.parameters, packs, tell)
-        _attach(traced, offsets)
-        graphs = [_graph(checkpoint.config, GRAPH_FILE, dtype, dtype, loops, max_loops)]
-        write_graph(writer.create(GRAPH_FILE), traced.model)
-        if dtype != "float32":
-            graphs.append(_graph(checkpoint.config, WIDE_GRAPH_FILE, "float32", dtype, loops, max_loops))
-            write_graph(writer.create(WIDE_GRAPH_FILE), widened(traced.model))
+        stored = traced[0].parameters
+        offsets = _write_weights(writer.create(WEIGHTS_FILE), stored, packs, tell)
+        for form, graph in zip(forms, traced, strict=True):
+            store_reduced(graph.model, stored)
+            _attach(graph.model, stored, offsets)
+            write_graph(writer.create(form.file), graph.model)
         if text_file:
             writer.create(TOKENIZER_FILE).write(text_file.read_bytes())
         return writer.commit(
@@ -79,13 +83,58 @@ def export_bundle(
                 format_version=FORMAT_VERSION,
                 producer=f"mythos-export {__version__}",
                 model=checkpoint.config.to_dict(),
-                graphs=tuple(graphs),
+                graphs=tuple(form.graph(checkpoint.config, dtype, loops, max_loops) for form in forms),
                 files={},
                 source=checkpoint.source,
                 tokenizer=TOKENIZER_FILE if text_file else None,
                 eos_token_ids=eos_ids,
             )
         )
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One graph of a bundle: its file, what it computes in, and the dtype of its cache."""
+
+    file: str
+    dtype: str
+    cache_dtype: str
+
+    def traced(self, config: ModelConfig, loops: int | None, max_loops: int) -> Traced:
+        cache_dtype = torch.int8 if self.cache_dtype == "int8" else DTYPES[self.cache_dtype]
+        return trace(config, loops=loops, max_loops=max_loops, dtype=DTYPES[self.dtype], cache_dtype=cache_dtype)
+
+    def graph(self, config: ModelConfig, weight_dtype: str, loops: int | None, max_loops: int) -> Graph:
+        looped = config.loop is not None
+        return Graph(
+            file=self.file,
+            weights=(WEIGHTS_FILE,),
+            dtype=self.dtype,  # type: ignore[arg-type]
+            cache_dtype=self.cache_dtype,  # type: ignore[arg-type]
+            weight_dtype=weight_dtype,
+            loops=loops if looped else 0,
+            max_loops=max_loops if looped else 0,
+            default_loops=min(config.loop.trained_loops, max_loops) if config.loop else 0,
+            prelude_slots=len(config.prelude),
+            loop_slots=len(config.loop_layers),
+            coda_slots=len(config.coda),
+            cache_width=config.cache_width,
+            vocab_size=config.vocab_size,
+            max_seq_len=config.max_seq_len,
+        )
+
+
+def _forms(dtype: str, cache_dtype: str | None) -> list[_Form]:
+    """The graph in the bundle's dtype and, where that is reduced, one that computes in float32 over the same weights."""
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        raise InputError(
+            f'cache_dtype is "{cache_dtype}"; expected one of {", ".join(CACHE_DTYPES)} (numpy, which holds the cache for '
+            "onnxruntime, has no bfloat16)"
+        )
+    forms = [_Form(GRAPH_FILE, dtype, cache_dtype or dtype)]
+    if dtype != "float32":
+        forms.append(_Form(WIDE_GRAPH_FILE, "float32", cache_dtype or ("float32" if dtype == "bfloat16" else dtype)))
+    return forms
 
 
 def _depth(config: ModelConfig, loops: int | None, max_loops: int | None) -> int:
@@ -167,22 +216,17 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def _attach(traced: Traced, offsets: dict[str, tuple[int, int]]) -> None:
+def _attach(model: ir.Model, parameters: dict[str, Parameter], offsets: dict[str, tuple[int, int]]) -> None:
     """Points the graph's initializers into the weights file, and gives the graph its functions."""
-    kinds = {
-        torch.float32: ir.DataType.FLOAT,
-        torch.float16: ir.DataType.FLOAT16,
-        torch.bfloat16: ir.DataType.BFLOAT16,
-    }
-    for name, parameter in traced.parameters.items():
-        value = traced.model.graph.initializers.get(name)
+    for name, parameter in parameters.items():
+        value = model.graph.initializers.get(name)
         if value is None:
             continue  # a fixed loop count of 1 never reads some tables
         offset, length = offsets[name]
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, offset, length, kinds[parameter.dtype], shape=ir.Shape(parameter.shape), name=name
+            WEIGHTS_FILE, offset, length, DATA_TYPES[parameter.dtype], shape=ir.Shape(parameter.shape), name=name
         )
-    attach_functions(traced.model)
+    attach_functions(model)
 
 
 def attach_functions(model: ir.Model) -> None:
@@ -203,22 +247,3 @@ def attach_functions(model: ir.Model) -> None:
 def write_graph(file: HashedFile, model: ir.Model) -> None:
     proto = ir.to_proto(model)
     file.write(proto.SerializeToString(deterministic=True))
-
-
-def _graph(config: ModelConfig, file: str, dtype: str, weight_dtype: str, loops: int | None, max_loops: int) -> Graph:
-    looped = config.loop is not None
-    return Graph(
-        file=file,
-        weights=(WEIGHTS_FILE,),
-        dtype=dtype,  # type: ignore[arg-type]
-        weight_dtype=weight_dtype,
-        loops=loops if looped else 0,
-        max_loops=max_loops if looped else 0,
-        default_loops=min(config.loop.trained_loops, max_loops) if config.loop else 0,
-        prelude_slots=len(config.prelude),
-        loop_slots=len(config.loop_layers),
-        coda_slots=len(config.coda),
-        cache_width=config.cache_width,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_seq_len,
-    )

@@ -5,7 +5,8 @@ Shape letters: D dim, H query heads, K key/value heads, E experts, F hidden chan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from mythos_export.config import AttentionConfig, DenseConfig, LatentAttentionConfig, LayerConfig, ModelConfig
@@ -13,72 +14,94 @@ from mythos_export.config import AttentionConfig, DenseConfig, LatentAttentionCo
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes a number: of the matrices, of embedding and head, and of everything else."""
+    """Bytes a number takes where it is stored. matrices: of quantized ones, by name; matrix: of the others; rest: of all else."""
 
     matrix: float = 4.0
-    head: float = 4.0
     rest: float = 4.0
+    matrices: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, weight_dtype: str, quantization: dict[str, Any] | None) -> Storage:
         """As a manifest describes it; quantized numbers carry their share of a float16 scale."""
         if quantization is None:
-            size = 4.0 if weight_dtype == "float32" else 2.0
-            return cls(size, size)
-        scale = 2.0 / quantization["block_size"]
-        return cls(quantization["bits"] / 8 + scale, quantization["head_bits"] / 8 + scale)
+            return cls(4.0 if weight_dtype == "float32" else 2.0)
+        sizes = {
+            name: (0.5 if matrix["format"] == "int4" else 1.0) + 2.0 / matrix["stored_block"]
+            for name, matrix in quantization["matrices"].items()
+        }
+        return cls(matrices=sizes)
+
+    def bytes(self, name: str, numbers: int) -> float:
+        """Of so many numbers of a matrix."""
+        return numbers * self.matrices.get(name, self.matrix)
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Parameters of a layer that every token reads, in matrices and besides; those of one routed expert, and how many experts there
-    are and are read."""
+    """Parameters of a layer that every token reads, in matrices by name and besides; those of one routed expert, and how many
+    experts there are and are read."""
 
-    matrices: int
+    matrices: dict[str, int]
     rest: int
-    expert: int = 0
+    expert: dict[str, int] = field(default_factory=dict)
     n_experts: int = 0
     top_k: int = 0
 
     @property
     def total(self) -> int:
-        return self.matrices + self.rest + self.n_experts * self.expert
+        return sum(self.matrices.values()) + self.rest + self.n_experts * sum(self.expert.values())
 
     def read(self, tokens: int, storage: Storage) -> float:
         """Bytes read for so many tokens at once, at most: every token may choose other experts."""
-        experts = min(self.n_experts, tokens * self.top_k) * self.expert
-        return storage.matrix * (self.matrices + experts) + storage.rest * self.rest
+        experts = min(self.n_experts, tokens * self.top_k)
+        always = sum(storage.bytes(name, numbers) for name, numbers in self.matrices.items())
+        chosen = sum(storage.bytes(name, numbers) for name, numbers in self.expert.items())
+        return always + experts * chosen + storage.rest * self.rest
 
 
-def _attention(dim: int, config: AttentionConfig) -> LayerSize:
+def _attention(name: str, dim: int, config: AttentionConfig) -> LayerSize:
     if isinstance(config, LatentAttentionConfig):
         head = config.qk_nope_head_dim + config.qk_rope_head_dim
-        down = dim * (config.q_lora_rank + config.cache_width)
-        up = config.q_lora_rank * config.n_heads * head
-        absorbed = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
-        out = config.n_heads * config.v_head_dim * dim
-        return LayerSize(down + up + absorbed + out, config.q_lora_rank + config.kv_lora_rank)
-    return LayerSize(dim * (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim, 0)
+        matrices = {
+            "down.weight": dim * (config.q_lora_rank + config.cache_width),
+            "q_up.weight": config.q_lora_rank * config.n_heads * head,
+            "w_uk": config.n_heads * config.qk_nope_head_dim * config.kv_lora_rank,
+            "w_uv": config.n_heads * config.v_head_dim * config.kv_lora_rank,
+            "out.weight": config.n_heads * config.v_head_dim * dim,
+        }
+        rest = config.q_lora_rank + config.kv_lora_rank
+    else:
+        queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        matrices, rest = {"qkv.weight": dim * (queries + 2 * keys), "out.weight": queries * dim}, 0
+    return LayerSize({f"{name}.attn.{part}": numbers for part, numbers in matrices.items()}, rest)
 
 
-def layer_size(dim: int, layer: LayerConfig) -> LayerSize:
-    """Counts one layer's parameters."""
-    attention, feed_forward = _attention(dim, layer.attention), layer.feed_forward
+def layer_size(name: str, dim: int, layer: LayerConfig) -> LayerSize:
+    """Counts the parameters of the layer of that name."""
+    attention, feed_forward = _attention(name, dim, layer.attention), layer.feed_forward
     rest = attention.rest + 2 * dim
+
+    def swiglu(hidden: int) -> dict[str, int]:
+        return {f"{name}.ffn.gate_up": 2 * dim * hidden, f"{name}.ffn.down": dim * hidden}
+
     if isinstance(feed_forward, DenseConfig):
-        return LayerSize(attention.matrices + 3 * dim * feed_forward.hidden_dim, rest)
-    expert = 3 * dim * feed_forward.expert_dim
+        return LayerSize(attention.matrices | swiglu(feed_forward.hidden_dim), rest)
     return LayerSize(
-        attention.matrices + expert * feed_forward.n_shared_experts,
+        attention.matrices | swiglu(feed_forward.expert_dim * feed_forward.n_shared_experts),
         rest + (dim + 1) * feed_forward.n_experts,
-        expert,
+        swiglu(feed_forward.expert_dim),
         feed_forward.n_experts,
         feed_forward.top_k,
     )
 
 
-def _sizes(config: ModelConfig, layers: tuple[LayerConfig, ...]) -> list[LayerSize]:
-    return [layer_size(config.dim, layer) for layer in layers]
+def _sizes(config: ModelConfig, *groups: str) -> list[LayerSize]:
+    layers = {"prelude": config.prelude, "recurrent.layers": config.loop_layers, "coda": config.coda}
+    return [
+        layer_size(f"{group}.{index}", config.dim, layer)
+        for group in groups
+        for index, layer in enumerate(layers[group])
+    ]
 
 
 def _loop_parts(config: ModelConfig) -> int:
@@ -89,17 +112,24 @@ def _loop_parts(config: ModelConfig) -> int:
 def parameters(config: ModelConfig) -> int:
     """Parameters of the whole model, tied matrices once, tables (RoPE, loops) aside."""
     matrices = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
-    return sum(size.total for size in _sizes(config, config.layers)) + _loop_parts(config) + matrices + config.dim
+    layers = sum(size.total for size in _sizes(config, "prelude", "recurrent.layers", "coda"))
+    return layers + _loop_parts(config) + matrices + config.dim
 
 
 def weight_bytes_read(config: ModelConfig, n_loops: int, tokens: int = 1, storage: Storage = Storage()) -> float:
     """Bytes of weights read by one step over so many tokens, looped layers counted once a loop."""
-    once = sum(size.read(tokens, storage) for size in _sizes(config, config.prelude + config.coda))
-    looped = sum(size.read(tokens, storage) for size in _sizes(config, config.loop_layers))
+    once = sum(size.read(tokens, storage) for size in _sizes(config, "prelude", "coda"))
+    looped = sum(size.read(tokens, storage) for size in _sizes(config, "recurrent.layers"))
     looped += storage.rest * _loop_parts(config)
-    return once + n_loops * looped + storage.head * config.vocab_size * config.dim + storage.rest * config.dim
+    head = storage.bytes("embed" if config.tie_embeddings else "head", config.vocab_size * config.dim)
+    return once + n_loops * looped + head + storage.rest * config.dim
 
 
-def cache_numbers(config: ModelConfig, n_loops: int, tokens: int) -> int:
-    """Numbers in the cache of one sequence of so many tokens."""
-    return config.slots(n_loops) * tokens * config.cache_width
+def cache_bytes(config: ModelConfig, n_loops: int, tokens: int, cache_dtype: str) -> int:
+    """Bytes in the cache of one sequence of so many tokens, with the float32 scale of every int8 row."""
+    return config.slots(n_loops) * tokens * row_bytes(config.cache_width, cache_dtype)
+
+
+def row_bytes(width: int, cache_dtype: str) -> int:
+    """Bytes of one cached row, its scale included where it is int8."""
+    return width + 4 if cache_dtype == "int8" else width * (4 if cache_dtype == "float32" else 2)

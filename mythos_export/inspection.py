@@ -27,8 +27,8 @@ def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
     return {
         "bundle": str(folder),
         "parameters": footprint.parameters(config),
-        "weights_read_per_token": int(footprint.weight_bytes_read(config, loops, storage=footprint.Storage(1, 1, 1))),
-        "cache_numbers_per_token": footprint.cache_numbers(config, loops, 1),
+        "weights_read_per_token": int(footprint.weight_bytes_read(config, loops, storage=footprint.Storage(1, 1))),
+        "cache_bytes_per_token": footprint.cache_bytes(config, loops, 1, graph.cache_dtype),
         "loops": loops,
         "bytes": sum(entry.size for entry in manifest.files.values()),
         **plain,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,8 +66,8 @@ def bench_report(report: Report, form: str) -> str:
     return (
         f"{environment['cpu']}, {environment['threads']} threads, {environment['backend']} {environment['onnxruntime']}, "
         f"{environment['operators']} operators; "
-        f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['loops']} loops, "
-        f"batch {environment['batch']}\n{table}\n"
+        f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['cache_dtype']} cache, "
+        f"{environment['loops']} loops, batch {environment['batch']}\n{table}\n"
         f"read bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s; peak memory {size(report.peak_memory_bytes)}, of it "
         f"weights {size(report.weights_bytes)}, cache {size(report.cache_bytes)}"
     )
@@ -88,10 +89,26 @@ def attention_report(plain: dict[str, Any]) -> str:
     kind = environment["attention"]["kind"]
     return (
         f"{environment['cpu']}, {environment['threads']} threads, {environment['operators']} operators; {kind} attention of one "
-        f"token, {environment['cache']} cache\n"
+        f"token, {environment['cache_dtype']} cache\n"
         + markdown_table(["cached rows", "µs", "bytes", "GB/s", "share of read bandwidth"], rows)
         + f"\nread bandwidth here {plain['read_bandwidth_gb_per_second']:.1f} GB/s"
     )
+
+
+def quantization_report(plain: dict[str, Any], recipe: str) -> str:
+    """What `quantize` shows."""
+    quantization = plain["quantization"]
+    formats = Counter(matrix["format"] for matrix in quantization["matrices"].values())
+    lines = [
+        f"{plain['bundle']}: {size(plain['bytes'])}, {recipe}: "
+        + (", ".join(f"{count} matrices {kind}" for kind, count in formats.items()) or "weights as they were")
+    ]
+    if quantization["text"]:
+        text = quantization["text"]
+        lines.append(f"calibrated on {text['n_sequences']} sequences of {text['length']} tokens of {text['source']}")
+    for name, seen in quantization["uncalibrated_experts"].items():
+        lines.append(f"{name}: rounded to nearest, too few tokens: experts {', '.join(seen)}")
+    return "\n".join(lines)
 
 
 def eval_report(plain: dict[str, Any], brief: bool = False) -> str:
@@ -165,12 +182,18 @@ def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
         ["attention", ", ".join(sorted({layer["attention"]["kind"] for layer in attention}))],
         ["dim, vocabulary, positions", f"{model['dim']}, {model['vocab_size']}, {model['max_seq_len']}"],
         ["weights read a token", f"{plain['weights_read_per_token'] / 1e6:.1f} M at {plain['loops']} loops"],
-        ["cache a token", f"{plain['cache_numbers_per_token']} numbers at {plain['loops']} loops"],
+        [
+            "cache a token",
+            f"{size(plain['cache_bytes_per_token'])}, {graphs[0]['cache_dtype']}, at {plain['loops']} loops",
+        ],
         ["source", " ".join(str(source[key]) for key in ("name", "step") if source.get(key) is not None)],
         ["made by", plain["producer"]],
         ["tokenizer", plain["tokenizer"] or "none: token ids only"],
         *(
-            [f"graph {graph['file']}", f"{graph['dtype']} cache and sums over {graph['weight_dtype']} weights"]
+            [
+                f"graph {graph['file']}",
+                f"{graph['dtype']} over {graph['weight_dtype']} weights, {graph['cache_dtype']} cache",
+            ]
             for graph in graphs
         ),
     ]

@@ -25,8 +25,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from mythos_export import __version__, ops
 from mythos_export.config import ModelConfig
 from mythos_export.model import Decoder
-from runtimes.errors import MythosError
+from runtimes.errors import InputError, MythosError
 
+DATA_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _FOLD_LIMIT = 1024  # numbers; folding serves shapes and constants, weights stay as they are stored
 
@@ -51,23 +56,41 @@ class Traced:
     parameters: dict[str, Parameter]
 
 
-def trace(config: ModelConfig, *, loops: int | None, max_loops: int, dtype: torch.dtype = torch.float32) -> Traced:
-    """Traces the model: loops unrolls that many, None makes the loop count an input of at most max_loops."""
+def trace(
+    config: ModelConfig,
+    *,
+    loops: int | None,
+    max_loops: int,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+    row_scale: float = 0.0,
+) -> Traced:
+    """Traces the model.
+
+    loops: unrolls that many, None makes the loop count an input of at most max_loops. dtype: of the matrices. cache_dtype: of the
+    cache, default dtype; int8 adds the input past_scale and the output new_scale. row_scale: fixed scale of an int8 cache's rows,
+    0 for one of its own for each. Raises InputError for a row_scale that is negative or not that of an int8 cache.
+    """
+    if row_scale < 0 or (row_scale and cache_dtype != torch.int8):
+        raise InputError(
+            f"row_scale is {row_scale} for a cache of {cache_dtype or dtype}; expected 0, or above 0 with int8"
+        )
     ops.register_schemas()
     fixed = loops if config.loop else 0
     with FakeTensorMode(shape_env=ShapeEnv()):
-        decoder = Decoder(config, max_loops=max_loops, fixed_loops=fixed, dtype=dtype).eval()
-        args, dynamic_shapes = _example(config, fixed, dtype)
+        decoder = Decoder(config, max_loops=max_loops, fixed_loops=fixed, dtype=dtype, row_scale=row_scale).eval()
+        inputs, dynamic_shapes = _example(config, fixed, cache_dtype or dtype)
     parameters = {name: Parameter(tuple(value.shape), value.dtype) for name, value in decoder.named_parameters()}
-    exported = torch.export.export(decoder, args, dynamic_shapes=dynamic_shapes)
+    exported = torch.export.export(decoder, (), inputs, dynamic_shapes=dynamic_shapes)
+    outputs = ["logits", "new_kv", "exit_loop", "new_scale"]
     with _quiet():
         program = torch.onnx.export(
             exported,
             dynamo=True,
             opset_version=ops.OPSET,
             optimize=False,
-            input_names=["input_ids", "past_len", "past_kv", "logit_positions", "n_loops"][: 4 + (fixed is None)],
-            output_names=["logits", "new_kv", "exit_loop"],
+            input_names=list(inputs),
+            output_names=outputs if "past_scale" in inputs else outputs[:3],
             custom_translation_table={operator.torch_op: operator.translation for operator in ops.OPERATORS},
             verbose=False,
         )
@@ -78,25 +101,34 @@ def trace(config: ModelConfig, *, loops: int | None, max_loops: int, dtype: torc
 
 
 def _example(
-    config: ModelConfig, fixed: int | None, dtype: torch.dtype
-) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, object] | None, ...]]:
-    """Example inputs, and which of their dimensions vary. Sizes differ so that none is taken for another."""
+    config: ModelConfig, fixed: int | None, cache_dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, object]]]:
+    """Example inputs by name, and which of their dimensions vary. Sizes differ so that none is taken for another."""
     batch, seq, capacity, k = 2, 3, 5, 4
     slots = config.slots(6 if fixed is None else fixed)
     int64 = torch.int64
-    args = [
-        torch.zeros(batch, seq, dtype=int64),
-        torch.zeros(batch, dtype=int64),
-        torch.zeros(slots, batch, capacity, config.cache_width, dtype=dtype),
-        torch.zeros(batch, k, dtype=int64),
-    ]
+    inputs = {
+        "input_ids": torch.zeros(batch, seq, dtype=int64),
+        "past_len": torch.zeros(batch, dtype=int64),
+        "past_kv": torch.zeros(slots, batch, capacity, config.cache_width, dtype=cache_dtype),
+        "logit_positions": torch.zeros(batch, k, dtype=int64),
+    }
     b = Dim("batch")
-    dims: list[dict[int, object]] = [{0: b, 1: Dim("seq")}, {0: b}, {1: b, 2: Dim("capacity")}, {0: b, 1: Dim("k")}]
+    of_cache: dict[int, object] = {1: b, 2: Dim("capacity")}
+    dims: dict[str, dict[int, object]] = {
+        "input_ids": {0: b, 1: Dim("seq")},
+        "past_len": {0: b},
+        "past_kv": of_cache,
+        "logit_positions": {0: b, 1: Dim("k")},
+    }
     if fixed is None:
-        args.append(torch.ones(batch, dtype=int64))
-        dims[2][0] = Dim("slots", min=config.slots(2))
-        dims.append({0: b})
-    return tuple(args), tuple(dims)
+        inputs["n_loops"] = torch.ones(batch, dtype=int64)
+        of_cache[0] = Dim("slots", min=config.slots(2))
+        dims["n_loops"] = {0: b}
+    if cache_dtype == torch.int8:
+        inputs["past_scale"] = torch.zeros(slots, batch, capacity)
+        dims["past_scale"] = of_cache
+    return inputs, dims
 
 
 class _quiet(warnings.catch_warnings):
@@ -135,6 +167,7 @@ def _name_dimensions(model: ir.Model) -> None:
     names = {
         "input_ids": ("batch", "seq"),
         "past_kv": ("slots", "batch", "capacity"),
+        "past_scale": ("slots", "batch", "capacity"),
         "logit_positions": ("batch", "k"),
     }
     symbols = {
@@ -180,32 +213,18 @@ def _module_of(node: ir.Node, outermost: ir.Graph) -> str:
     return owner or ("decoder" if node.graph is outermost else "recurrent")
 
 
-def widened(model: ir.Model) -> ir.Model:
-    """The same graph computing in float32 over the same reduced weights, for backends without kernels for their dtype.
-
-    Every float16 or bfloat16 weight is cast once, where the backend folds it at load; past_kv and new_kv become float32.
-    """
-    wide = model.clone()
-    reduced = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    graph, first = wide.graph, wide.graph[0]
-    for value in list(graph.initializers.values()):
-        if value.dtype in reduced:
-            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name=f"{value.name}/widen")
-            cast.outputs[0].name, cast.outputs[0].shape = f"{value.name}.float32", value.shape
-            cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-            cast.replace_input_with(0, value)
-            graph.insert_before(first, cast)
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) in reduced:
-            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
-        inner = [
-            attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH
-        ]
-        for value in [*node.outputs, *(graph_input for body in inner for graph_input in body.inputs)]:
-            if value.dtype in reduced:
-                value.dtype = ir.DataType.FLOAT
-    for value in graph.inputs:
-        if value.dtype in reduced:
-            value.dtype = ir.DataType.FLOAT
-    return wide
+def store_reduced(model: ir.Model, parameters: dict[str, Parameter]) -> None:
+    """Lets a float32 graph read weights stored as `parameters` says: a reduced one is cast, which a backend folds at load. A graph
+    that wants them as they are stays as it is."""
+    graph, first = model.graph, model.graph[0]
+    for name, parameter in parameters.items():
+        value = graph.initializers.get(name)
+        if value is None or value.dtype == DATA_TYPES[parameter.dtype]:
+            continue
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name=f"{name}/widen")
+        cast.outputs[0].name, cast.outputs[0].shape = f"{name}.float32", value.shape
+        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        value.dtype = DATA_TYPES[parameter.dtype]
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        cast.replace_input_with(0, value)
+        graph.insert_before(first, cast)

@@ -19,21 +19,25 @@ Array = NDArray[Any]
 
 
 class StepInput(NamedTuple):
-    """input_ids [B, S], past_len [B], past_kv [slots, B, C, W], logit_positions [B, K], n_loops [B] (unused by a fixed graph)."""
+    """input_ids [B, S], past_len [B], past_kv [slots, B, C, W] in the cache's dtype, logit_positions [B, K], n_loops [B] (unused by
+    a fixed graph), past_scale [slots, B, C] of an int8 cache, else None."""
 
     input_ids: Int64
     past_len: Int64
     past_kv: Array
     logit_positions: Int64
     n_loops: Int64
+    past_scale: Float32 | None = None
 
 
 class StepOutput(NamedTuple):
-    """logits [B, K, V] float32; new_kv [slots, B, S, W] in the cache's dtype; exit_loop [B, S] int64."""
+    """logits [B, K, V]; new_kv [slots, B, S, W] in the cache's dtype; exit_loop [B, S]; new_scale [slots, B, S] of an int8 cache,
+    else None."""
 
     logits: Float32
     new_kv: Array
     exit_loop: Int64
+    new_scale: Float32 | None = None
 
 
 class Cancelled(Exception):

@@ -47,14 +47,16 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One ONNX graph and what a runner must know to feed it.
 
-    file: the ONNX file; weights: its external data. dtype: of past_kv and new_kv. weight_dtype: of the matrices in the file.
-    loops: a fixed loop count, or None where n_loops is an input. max_loops: deepest n_loops. Cache slots: prelude_slots,
-    then loop_slots a loop, then coda_slots, each row cache_width numbers.
+    file: the ONNX file; weights: its external data. dtype: what it computes in. cache_dtype: of past_kv and new_kv; an int8 cache
+    has past_scale and new_scale beside them. weight_dtype: of the matrices in the file. loops: a fixed loop count, or None where
+    n_loops is an input. max_loops: deepest n_loops. Cache slots: prelude_slots, then loop_slots a loop, then coda_slots, each row
+    cache_width numbers.
     """
 
     file: str
     weights: tuple[str, ...]
     dtype: Literal["float32", "float16", "bfloat16"]
+    cache_dtype: Literal["float32", "float16", "bfloat16", "int8"]
     weight_dtype: str
     loops: int | None
     max_loops: int
@@ -72,7 +74,8 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of `verify`: the largest absolute error of an output at a loop count, and what is allowed."""
+    """One line of `verify`: the largest absolute error of an output at a loop count (over a cache that rounds, the median token's),
+    and what is allowed."""
 
     name: str
     loops: int

@@ -14,7 +14,6 @@ from runtimes.bundle import Graph, Manifest
 from runtimes.errors import BackendError, BundleError
 
 _log = logging.getLogger("mythos_export")
-_OUTPUTS = list(StepOutput._fields)
 _FAILURES = tuple(
     kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )  # onnxruntime's exceptions share no base class of their own
@@ -40,17 +39,16 @@ class OnnxRuntimeBackend:
         if native is None and not wanted:
             _log.info("portable bodies run: %s", native_problem())
         self._session, self.native = _open(folder / self.graph.file, threads, wanted, may_fall_back=native is None)
+        self._inputs, self._outputs = _names(self.graph)
         _check_contract(folder, self.graph, self._session)
 
     def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
-        feeds = step._asdict()
-        if self.graph.loops is not None:
-            del feeds["n_loops"]
+        feeds = {name: getattr(step, name) for name in self._inputs}
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = 4  # what goes wrong is raised; a cancelled step is no error to print
         stop.on_set(lambda: setattr(run_options, "terminate", True))
         try:
-            return StepOutput(*self._session.run(_OUTPUTS, feeds, run_options))
+            return StepOutput(*self._session.run(self._outputs, feeds, run_options))
         except _FAILURES as error:
             if stop.is_set:
                 raise Cancelled from error
@@ -101,14 +99,25 @@ def session_options(threads: int | None, native: bool) -> onnxruntime.SessionOpt
     return options
 
 
+def _names(graph: Graph) -> tuple[list[str], list[str]]:
+    """The graph's inputs and outputs, in the order of StepInput and StepOutput."""
+    absent = {"n_loops"} if graph.loops is not None else set()
+    if graph.cache_dtype != "int8":
+        absent |= {"past_scale", "new_scale"}
+    inputs, outputs = ([name for name in kind._fields if name not in absent] for kind in (StepInput, StepOutput))
+    return inputs, outputs
+
+
 def _check_contract(folder: Path, graph: Graph, session: onnxruntime.InferenceSession) -> None:
     """Refuses a manifest that contradicts its graph: what the Runner believes of shapes comes from the manifest."""
     inputs = {value.name: value.shape for value in session.get_inputs()}
     outputs = {value.name: value.shape for value in session.get_outputs()}
-    wanted = set(StepInput._fields) - (set() if graph.loops is None else {"n_loops"})
+    types = {value.name: value.type for value in session.get_inputs()}
+    wanted = _names(graph)
     facts = (
-        ("inputs", sorted(inputs), sorted(wanted)),
-        ("outputs", sorted(outputs), sorted(_OUTPUTS)),
+        ("inputs", sorted(inputs), sorted(wanted[0])),
+        ("outputs", sorted(outputs), sorted(wanted[1])),
+        ("past_kv", types.get("past_kv"), f"tensor({graph.cache_dtype.replace('float32', 'float')})"),
         ("cache_width", inputs.get("past_kv", [None])[-1], graph.cache_width),
         ("vocab_size", outputs.get("logits", [None])[-1], graph.vocab_size),
         ("slots", (inputs.get("past_kv") or [None])[0], None if graph.loops is None else graph.slots(graph.loops)),
@@ -121,18 +130,20 @@ def _check_contract(folder: Path, graph: Graph, session: onnxruntime.InferenceSe
 
 
 def _choose(manifest: Manifest) -> Graph:
-    """The float32 graph: onnxruntime's CPU kernels compute in float32, whatever the weights are stored in."""
+    """A float32 graph: onnxruntime's CPU kernels compute in float32, whatever the weights are stored in. Its cache is any but
+    bfloat16, which numpy cannot hold."""
     for graph in manifest.graphs:
-        if graph.dtype == "float32":
+        if graph.dtype == "float32" and graph.cache_dtype != "bfloat16":
             if graph.weight_dtype in ("float16", "bfloat16"):
                 _say_once(
                     f"onnxruntime's CPU kernels do not compute in {graph.weight_dtype}: "
                     "the weights are converted to float32 at load"
                 )
             return graph
+    graphs = ", ".join(f"{graph.dtype} with a {graph.cache_dtype} cache" for graph in manifest.graphs)
     raise BackendError(
-        f"the bundle has graphs for {', '.join(graph.dtype for graph in manifest.graphs)} only; onnxruntime's CPU provider needs "
-        "float32: export again with this release"
+        f"the bundle has graphs for {graphs} only; onnxruntime's CPU provider needs one that computes in float32, with a cache "
+        "that numpy can hold (it has no bfloat16): export again with this release"
     )
 
 

@@ -46,7 +46,7 @@ class Session:
         self.n_loops = check_n_loops(graph, n_loops, batch)
         self._backend, self._graph, self._chunk = backend, graph, chunk
         slots = graph.slots(int(self.n_loops.max()))
-        self._cache = Cache(slots, batch, graph.cache_width, graph.dtype)
+        self._cache = Cache(slots, batch, graph.cache_width, graph.cache_dtype)
 
     @property
     def past_len(self) -> Int64:
@@ -96,9 +96,10 @@ class Session:
             last = np.maximum(counts - 1, 0)
             positions = np.broadcast_to(np.arange(width), tokens.shape) if every_position else last[:, None]
             cache = self._cache
-            step = StepInput(tokens, cache.length, cache.rows, np.ascontiguousarray(positions), self.n_loops)
+            positions = np.ascontiguousarray(positions)
+            step = StepInput(tokens, cache.length, cache.rows, positions, self.n_loops, cache.scales)
             out = self._backend.run(step, self.stop)
-            cache.append(out.new_kv, counts)
+            cache.append(out.new_kv, out.new_scale, counts)
             for b, (row, count) in enumerate(zip(ids, counts.tolist(), strict=True)):
                 if every_position and count:
                     yield Chunk(b, start, out.logits[b, :count], out.exit_loop[b, :count])

@@ -13,11 +13,12 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from mythos_export import ops
+from mythos_export.export import bytes_of
 from mythos_export.ops.operator import Operator
 from runtimes import native_operators
 
 OPERATORS = {operator.name: operator for operator in ops.OPERATORS}
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_vnni", "neon", "neon_dotprod")
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm")
 KINDS = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
@@ -27,7 +28,7 @@ KINDS = {
     torch.uint8: TensorProto.UINT8,
     torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
 }
-STORED = (torch.int8, torch.uint8, torch.float8_e4m3fn)  # kept in the graph
+STORED = ("activation_scale", torch.int8, torch.uint8, torch.float8_e4m3fn)  # initializers, by name or dtype
 Attributes = dict[str, float]
 
 
@@ -38,10 +39,10 @@ def one_node_model(operator: Operator, tensors: Sequence[torch.Tensor], attribut
     for (name, spec, _), tensor in zip(operator.inputs, tensors, strict=True):
         kind, shape = KINDS[tensor.dtype], list(tensor.shape)
         names.append(name)
-        if tensor.dtype in STORED:
+        if name in STORED or tensor.dtype in STORED:
             if spec in ("Q", "Q2") and tensor.dtype == torch.uint8:
                 kind, shape = TensorProto.INT4, [*shape[:-1], 2 * shape[-1]]
-            initializers.append(helper.make_tensor(name, kind, shape, tensor.view(torch.uint8).numpy().tobytes(), raw=True))
+            initializers.append(helper.make_tensor(name, kind, shape, bytes(bytes_of(tensor)), raw=True))
         elif tensor.dtype in (torch.float16, torch.bfloat16):
             inputs.append(helper.make_tensor_value_info(f"{name}_wide", TensorProto.FLOAT, shape))
             nodes.append(helper.make_node("Cast", [f"{name}_wide"], [name], to=kind))
@@ -69,7 +70,7 @@ def feeds_of(operator: Operator, tensors: Sequence[torch.Tensor]) -> dict[str, n
     for (name, _, _), tensor in zip(operator.inputs, tensors, strict=True):
         if tensor.dtype in (torch.float16, torch.bfloat16):
             feeds[f"{name}_wide"] = tensor.float().numpy()
-        elif tensor.dtype not in STORED:
+        elif name not in STORED and tensor.dtype not in STORED:
             feeds[name] = tensor.numpy()
     return feeds
 
@@ -87,6 +88,7 @@ def session_of(model: onnx.ModelProto, native: bool, threads: int = 2) -> onnxru
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.qdqisint8allowed", "1")  # fuse what is fused on ARM as well
     if native:
         options.register_custom_ops_library(str(native_operators.LIBRARY))
     return onnxruntime.InferenceSession(model.SerializeToString(), options)

@@ -32,9 +32,12 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 def test_export(shakespeare: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    plain = run_json("export", shakespeare, "-o", target, "--loops", "2", "--dtype", "bfloat16")
+    plain = run_json(
+        "export", shakespeare, "-o", target, "--loops", "2", "--dtype", "bfloat16", "--cache-dtype", "int8"
+    )
     assert plain["loops"] == 2
     assert plain["dtype"] == "bfloat16"
+    assert plain["cache_dtype"] == "int8"
     assert plain["bytes"] == sum(path.stat().st_size for path in target.iterdir() if path.name != MANIFEST)
 
 
@@ -123,6 +126,10 @@ def test_bench(bundle: Path, shakespeare: Path) -> None:
     assert plain["read_bandwidth_gb_per_second"] > 0
     assert plain["peak_memory_bytes"] > 0
     assert plain["environment"]["loops"] == 4
+    assert plain["environment"]["cache_dtype"] == "float32"
+    alone = run_json("bench", bundle, "--attention", "8,300", "-r", 1, "--cache-dtype", "int8")
+    assert [row["bytes"] for row in alone["rows"]] == [8 * (48 + 4), 300 * (48 + 4)]
+    assert alone["environment"]["cache_dtype"] == "int8"
     assert run("bench", bundle, "-p", 0, "-n", 2, "-r", 1, "-o", "md").stdout.startswith("| test ")
     assert run("bench", bundle, "-p", 4, "-n", 0, "-r", 1, "-o", "csv").stdout.startswith("test,tokens_per_second,")
     assert json.loads(run("bench", bundle, "-p", 4, "-n", 0, "-r", 1, "-o", "json").stdout)["rows"]
@@ -132,7 +139,9 @@ def test_inspect_and_doctor(bundle: Path) -> None:
     plain = run_json("inspect", bundle)
     assert plain["model"]["dim"] == 128
     assert plain["source"]["step"] == 1460
+    assert plain["cache_bytes_per_token"] == 6 * 48 * 4
     assert "1 to 12 loops" in run("inspect", bundle).stdout
+    assert "float32 cache" in run("inspect", bundle).stdout
     health = run_json("doctor")
     assert health["can"] == {"run": True, "export": True, "compare with the reference": True}
     assert health["packages"]["onnxruntime"]

@@ -17,9 +17,10 @@ import torch
 from harness import OPERATORS, in_native, in_torch
 from onnx import TensorProto
 
-from calibration.round_to_nearest import pack_int4, round_to_nearest
+from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export.inspection import doctor
 from mythos_export.quantize import quantize_bundle
+from mythos_export.quantize.recipe import load_recipe, with_overrides
 from runtimes import native_operators
 from runtimes.errors import BackendError
 from runtimes.runner import load
@@ -37,7 +38,7 @@ def randn(*shape: int) -> torch.Tensor:
 
 
 def quantized(weight: torch.Tensor, bits: int, block_size: int) -> list[torch.Tensor]:
-    values, scales = round_to_nearest(weight, bits, block_size)
+    values, scales = round_to_nearest(weight, Format(f"int{bits}", block_size))
     return [pack_int4(values) if bits == 4 else values, scales]
 
 
@@ -79,10 +80,11 @@ def test_integer_products_of_many_sizes(bits: int, block_size: int) -> None:
         x, pair = randn(1, tokens, n_in), quantized(randn(n_out, n_in) / n_in**0.5, bits, block_size)
         attributes = {"block_size": block_size, "activation_type": INT8}
         operator = OPERATORS["QuantizedResidualLinear"]
-        tensors = [randn(1, tokens, n_out), x, *pair, torch.empty(0)]
-        truth = in_torch(operator, tensors, attributes, double=False)[0]
-        for instruction_set, outputs in in_native(operator, tensors, attributes).items():
-            np.testing.assert_allclose(outputs[0], truth, rtol=1e-4, atol=1e-4, err_msg=instruction_set)
+        for activation_scale in (torch.empty(0), torch.tensor([0.017])):
+            tensors = [randn(1, tokens, n_out), x, *pair, activation_scale]
+            truth = in_torch(operator, tensors, attributes, double=False)[0]
+            for instruction_set, outputs in in_native(operator, tensors, attributes).items():
+                np.testing.assert_allclose(outputs[0], truth, rtol=1e-4, atol=1e-4, err_msg=instruction_set)
 
 
 @needs_library
@@ -117,7 +119,7 @@ def test_same_tokens_with_and_without(
 ) -> None:
     bundle = request.getfixturevalue(which)
     if recipe:
-        quantize_bundle(bundle, tmp_path / recipe, recipe, activation_bits=32)
+        quantize_bundle(bundle, tmp_path / recipe, with_overrides(load_recipe(recipe), None, 32))
         bundle = tmp_path / recipe
     native, portable = load(bundle, native=True), load(bundle, native=False)
     assert native.native

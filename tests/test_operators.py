@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from harness import OPERATORS, check, check_rounded
+from harness import OPERATORS, check, check_rounded, everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import parser
 
-from calibration.round_to_nearest import pack_int4, round_to_nearest
+from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export import ops
 from mythos_export.ops import mixture_of_experts
 
@@ -23,6 +24,7 @@ SMALL = st.integers(1, 5)
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=3)
 BLOCKS = st.sampled_from([32, 64, 128])
 CACHES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+ROW_SCALES = st.sampled_from([0.0, 0.01, 0.04])  # each row's own; fixed, too small for some rows; wide enough for all
 FEW = settings(max_examples=15, deadline=None)
 
 
@@ -36,7 +38,7 @@ def norm_weight(dim: int) -> torch.Tensor:
 
 def quantized(weight: torch.Tensor, bits: int, block_size: int, half: bool) -> list[torch.Tensor]:
     """Values and scales as the operators take them."""
-    values, scales = round_to_nearest(weight, bits, block_size)
+    values, scales = round_to_nearest(weight, Format(f"int{bits}", block_size))
     return [pack_int4(values) if bits == 4 else values, scales if half else scales.float()]
 
 
@@ -211,11 +213,13 @@ def test_latent_attention(
 
 
 @FEW
-@given(lengths=LENGTHS, seq=SMALL, heads=SMALL, extra=SMALL, bits=st.sampled_from([4, 8, 32]))
-def test_latent_attention_int8_cache(lengths: list[int], seq: int, heads: int, extra: int, bits: int) -> None:
+@given(lengths=LENGTHS, seq=SMALL, heads=SMALL, extra=SMALL, bits=st.sampled_from([4, 8, 32]), row_scale=ROW_SCALES)
+def test_latent_attention_int8_cache(
+    lengths: list[int], seq: int, heads: int, extra: int, bits: int, row_scale: float
+) -> None:
     tensors = latent(lengths, seq, heads, (4, 2, 5, 6))
     tensors += cache(2, lengths, max(lengths) + extra, 10, torch.int8)
-    attributes, name = {"scale": 0.25, "epsilon": 1e-6}, "LatentAttentionInt8Cache"
+    attributes, name = {"scale": 0.25, "epsilon": 1e-6, "row_scale": row_scale}, "LatentAttentionInt8Cache"
     if bits < 32:
         tensors[3:5] = [*quantized(tensors[3], bits, 32, True), *quantized(tensors[4], bits, 32, True)]
         tensors.append(DYNAMIC)
@@ -247,9 +251,18 @@ def test_quantized_latent_attention(lengths: list[int], seq: int, nope: int, ran
     extra=SMALL,
     window=st.sampled_from([0, 1, 2, 4, 100]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]),
+    row_scale=ROW_SCALES,
 )
 def test_grouped_query_attention(
-    lengths: list[int], seq: int, kv_heads: int, group: int, half: int, extra: int, window: int, dtype: torch.dtype
+    lengths: list[int],
+    seq: int,
+    kv_heads: int,
+    group: int,
+    half: int,
+    extra: int,
+    window: int,
+    dtype: torch.dtype,
+    row_scale: float,
 ) -> None:
     batch, heads = len(lengths), kv_heads * group
     tensors = [
@@ -259,8 +272,36 @@ def test_grouped_query_attention(
         *cache(2, lengths, max(lengths) + extra, 4 * kv_heads * half, dtype),
     ]
     attributes = {"n_heads": heads, "n_kv_heads": kv_heads, "window": window, "scale": 0.25}
-    name = "GroupedQueryAttention" + ("Int8Cache" if dtype == torch.int8 else "")
+    name = "GroupedQueryAttention"
+    if dtype == torch.int8:
+        attributes, name = {**attributes, "row_scale": row_scale}, f"{name}Int8Cache"
     (check if dtype == torch.float32 else check_rounded)(OPERATORS[name], tensors, attributes)
+
+
+@FEW
+@given(
+    largest=st.sampled_from([0.0, 1e-6, 1.0, 1e4]),
+    row_scale=st.sampled_from([0.0, 0.0078125, 0.5]),
+    seq=SMALL,
+    kv_heads=SMALL,
+)
+def test_rows_of_an_int8_cache(largest: float, row_scale: float, seq: int, kv_heads: int) -> None:
+    """What is stored: the nearest level of each row's own scale, largest magnitude / 127, or of the fixed one, cut off at 127."""
+    width = 4 * kv_heads
+    value = torch.randn(1, seq, 3 * kv_heads, 2, generator=GENERATOR)
+    value *= largest / value.abs().max()
+    upright = [torch.ones(1, seq, 1), torch.zeros(1, seq, 1)]  # cos and sin of no rotation
+    tensors = [value.flatten(2), *upright, *cache(1, [0], 1, width, torch.int8)]
+    attributes = {"n_heads": kv_heads, "n_kv_heads": kv_heads, "window": 0, "scale": 0.5, "row_scale": row_scale}
+    rows = value[:, :, kv_heads:].flatten(2).double().numpy()
+    scale = np.full((1, seq), row_scale) if row_scale else np.abs(rows).max(-1) / 127
+    wanted = np.clip(rows, -127 * scale[..., None], 127 * scale[..., None])
+    results = everywhere(OPERATORS["GroupedQueryAttentionInt8Cache"], tensors, attributes)
+    for name, (_, new_kv, new_scale) in results.items():
+        np.testing.assert_allclose(new_scale, scale, rtol=1e-6, err_msg=name)
+        assert np.abs(new_kv).max() <= 127, name
+        error = np.abs(new_kv * new_scale[..., None] - wanted)
+        assert (error <= 0.5001 * new_scale[..., None]).all(), name
 
 
 @FEW

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.round_to_nearest import pack_int4, round_to_nearest
+from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export.export import export_bundle
 from mythos_export.ops.products import dequantize
 from mythos_export.quantize import quantize_bundle
+from mythos_export.quantize.recipe import load_recipe, with_overrides
 from runtimes.bundle import open_bundle
 from runtimes.errors import BundleError, InputError
 from runtimes.runner import load
@@ -36,7 +37,7 @@ def test_rounding_to_nearest(rows: int, channels: int, bits: int, block_size: in
     """No error beyond half a level, no scale that is 0 or not finite."""
     channels += channels % 2
     weight = torch.randn(rows, channels, generator=torch.Generator().manual_seed(0)) * size
-    values, scales = round_to_nearest(weight, bits, block_size)
+    values, scales = round_to_nearest(weight, Format(f"int{bits}", block_size))
     assert torch.isfinite(scales).all()
     assert (scales > 0).all()
     assert int(values.abs().max()) < 2 ** (bits - 1)
@@ -51,18 +52,18 @@ def test_weights_that_cannot_be_quantized_are_named(value: float) -> None:
     weight = torch.ones(2, 32)
     weight[1, 3] = value
     with pytest.raises(InputError, match=r"prelude\.0\.ffn\.down"):
-        round_to_nearest(weight, 8, 32, "prelude.0.ffn.down")
+        round_to_nearest(weight, Format(), "prelude.0.ffn.down")
 
 
 @pytest.mark.parametrize(("recipe", "worse"), [("int8", 1.002), ("int4", 1.3)])
 def test_a_quantized_bundle(tiny_bundle: Path, tmp_path: Path, recipe: str, worse: float, caplog) -> None:
-    manifest = quantize_bundle(tiny_bundle, tmp_path / "q", recipe)
+    manifest = quantize_bundle(tiny_bundle, tmp_path / "q", recipe).manifest
     assert manifest.graphs[0].weight_dtype == recipe
     assert manifest.quantization is not None
-    assert manifest.quantization["block_size"] == 32
+    assert {matrix["block"] for matrix in manifest.quantization["matrices"].values()} == {32}
     model = onnx.load(tmp_path / "q" / "decoder.onnx", load_external_data=False)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    assert kinds["embed.int8"] == onnx.TensorProto.INT8  # embedding and head, whatever the recipe
+    assert kinds["embed.quantized"] == onnx.TensorProto.INT8  # embedding and head, whatever the recipe
     for name, kind in kinds.items():
         if any(part in name for part in FLOAT32_STAYS):
             assert kind == onnx.TensorProto.FLOAT, name
@@ -74,7 +75,7 @@ def test_a_quantized_bundle(tiny_bundle: Path, tmp_path: Path, recipe: str, wors
 
 
 def test_runs_in_plain_onnxruntime_and_passes_the_checker(tiny_bundle: Path, tmp_path: Path) -> None:
-    quantize_bundle(tiny_bundle, tmp_path / "q", "int4", block_size=64)
+    quantize_bundle(tiny_bundle, tmp_path / "q", with_overrides(load_recipe("int4"), 64, None))
     onnx.checker.check_model(tmp_path / "q" / "decoder.onnx", full_check=True)
     session = onnxruntime.InferenceSession(tmp_path / "q" / "decoder.onnx")
     feeds = {
@@ -95,22 +96,21 @@ def test_odd_sizes_stay_int8(tmp_path: Path) -> None:
         '"prelude_layers": 1, "coda_layers": 1, "n_experts": 4, "n_experts_per_tok": 2, "expert_dim": 9, "lora_rank": 2}'
     )
     export_bundle(f"random:{config}", tmp_path / "b")
-    manifest = quantize_bundle(tmp_path / "b", tmp_path / "q", "int4")
+    manifest = quantize_bundle(tmp_path / "b", tmp_path / "q", "int4").manifest
     assert manifest.quantization is not None
-    bits = manifest.quantization["matrices"]
-    assert bits["recurrent.layers.0.ffn.down"] == bits["recurrent.layers.0.ffn.gate_up"] == 8
-    assert bits["recurrent.layers.0.attn.qkv.weight"] == 4
+    formats = {name: matrix["format"] for name, matrix in manifest.quantization["matrices"].items()}
+    assert formats["recurrent.layers.0.ffn.down"] == formats["recurrent.layers.0.ffn.gate_up"] == "int8"
+    assert formats["recurrent.layers.0.attn.qkv.weight"] == "int4"
     assert len(load(tmp_path / "q").generate([1, 2], 4).complete().ids) == 4
 
 
 def test_bad_input(tiny_bundle: Path, shakespeare: Path, tmp_path: Path) -> None:
-    for arguments, message in (
-        ({"recipe": "int3"}, 'recipe is "int3"; expected one of int8, int4'),
-        ({"recipe": "int4", "block_size": 48}, "block is 48; expected one of 32, 64, 128"),
-        ({"recipe": "int4", "activation_bits": 16}, "activation bits are 16; expected 8 or 32"),
-    ):
-        with pytest.raises(InputError, match=message):
-            quantize_bundle(tiny_bundle, tmp_path / "q", **arguments)
+    with pytest.raises(InputError, match='recipe is "int3"; expected one of'):
+        quantize_bundle(tiny_bundle, tmp_path / "q", "int3")
+    with pytest.raises(InputError, match="block is 48; expected one of 32, 64, 128"):
+        with_overrides(load_recipe("int4"), 48, None)
+    with pytest.raises(InputError, match="activation bits are 16; expected 8 or 32"):
+        with_overrides(load_recipe("int4"), None, 16)
     export_bundle(shakespeare, tmp_path / "half", dtype="float16")
     with pytest.raises(InputError, match="--dtype float32"):
         quantize_bundle(tmp_path / "half", tmp_path / "q", "int8")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_export.config import LoopConfig, ModelConfig
-from mythos_export.model.attention import Context
+from mythos_export.model.attention import Context, Rows, join
 from mythos_export.model.layers import empty
 
 
@@ -57,17 +57,17 @@ class Recurrent(nn.Module):
 
     def step(
         self, state: LoopState, e: Tensor, loop: Tensor, n_loops: Tensor, context: Context
-    ) -> tuple[LoopState, Tensor]:
+    ) -> tuple[LoopState, Rows]:
         """Loop number `loop` ([] int64, from 0). e [B, S, D]; n_loops [B] int64, or [1] for all rows.
 
-        Returns the next state and the loop's new cache rows [n, B, S, W].
+        Returns the next state and the loop's new cache rows, n slots.
         """
         x = torch.ops.mythos.recurrent_input(state.h, e, self.loop_signal, self.norm, loop, self.norm_eps)
         rows = []
         for index, layer in enumerate(self.layers):
             slot = loop * len(self.layers) + (self.first_slot + index)
-            x, new_kv = layer(x, context, slot)
-            rows.append(new_kv)
+            x, layer_rows = layer(x, context, slot)
+            rows.append(layer_rows)
         updated = torch.ops.mythos.recurrent_update(
             x,
             state.h,
@@ -86,12 +86,10 @@ class Recurrent(nn.Module):
             self.halt_bias,
             self.act_threshold,
         )
-        return LoopState(*updated), torch.stack(rows)
+        return LoopState(*updated), join(rows)
 
-    def forward(
-        self, e: Tensor, context: Context, n_loops: Tensor | int, n_slots: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """e [B, S, D] float32 -> result [B, S, D], new rows [T*n, B, S, W], exit_loop [B, S] int64.
+    def forward(self, e: Tensor, context: Context, n_loops: Tensor | int, n_slots: int) -> tuple[Tensor, Rows, Tensor]:
+        """e [B, S, D] float32 -> result [B, S, D], new rows of T*n slots, exit_loop [B, S] int64.
 
         n_loops: an int unrolls that many loops; int64 [B] runs max(n_loops), each row keeping its result once its own are
         done. n_slots: loop rows to return, T*n; slots beyond max(n_loops) * n hold zeros.
@@ -102,17 +100,17 @@ class Recurrent(nn.Module):
             state, rows = self._while(e, context, n_loops, n_slots)
         return state.result, rows, state.exit_loop.squeeze(-1)
 
-    def _unrolled(self, e: Tensor, context: Context, n_loops: int) -> tuple[LoopState, Tensor]:
+    def _unrolled(self, e: Tensor, context: Context, n_loops: int) -> tuple[LoopState, Rows]:
         state, rows, depth = self.start(e), [], torch.tensor([n_loops])
         for index in range(n_loops):
             state, new_rows = self.step(state, e, torch.tensor(index), depth, context)
             rows.append(new_rows)
-        return state, torch.cat(rows)
+        return state, join(rows)
 
-    def _while(self, e: Tensor, context: Context, n_loops: Tensor, n_slots: int) -> tuple[LoopState, Tensor]:
+    def _while(self, e: Tensor, context: Context, n_loops: Tensor, n_slots: int) -> tuple[LoopState, Rows]:
         deepest = n_loops.max()
-        batch, seq, width = e.shape[0], e.shape[1], context.past_kv.shape[-1]
-        rows = torch.zeros(n_slots, batch, seq, width, dtype=context.past_kv.dtype)
+        past = [context.past_kv] if context.past_scale is None else [context.past_kv, context.past_scale]
+        rows = [torch.zeros(n_slots, *e.shape[:2], *part.shape[3:], dtype=part.dtype) for part in past]
 
         def unfinished(loop: Tensor, *_: Tensor) -> Tensor:
             return loop < deepest
@@ -120,9 +118,10 @@ class Recurrent(nn.Module):
         def body(loop: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
             state, new_rows = self.step(LoopState(*carried[:4]), e, loop, n_loops, context)
             slots = loop * len(self.layers) + torch.arange(len(self.layers))
-            return loop + 1, *state, torch.index_copy(carried[4], 0, slots, new_rows)
+            filled = (torch.index_copy(rows, 0, slots, new) for rows, new in zip(carried[4:], new_rows, strict=True))
+            return loop + 1, *state, *filled
 
         first = torch.zeros((), dtype=torch.int64)
         start = tuple(tensor.clone() for tensor in self.start(e))
-        _, *carried = torch.while_loop(unfinished, body, (first, *start, rows))
-        return LoopState(*carried[:4]), carried[4]
+        _, *carried = torch.while_loop(unfinished, body, (first, *start, *rows))
+        return LoopState(*carried[:4]), tuple(carried[4:])

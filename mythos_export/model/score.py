@@ -13,25 +13,25 @@ import torch
 from mythos_export.config import ModelConfig
 from mythos_export.model.decoder import Decoder
 from runtimes.backend import Float32, StepInput, StepOutput
+from runtimes.cache import Cache
 
 
-def window_step(config: ModelConfig, ids: Sequence[int], n_loops: int) -> StepInput:
+def window_step(config: ModelConfig, ids: Sequence[int], n_loops: int, cache_dtype: str = "float32") -> StepInput:
     """The step that feeds T token ids to an empty cache and asks for the logits of every position."""
-    return StepInput(
-        np.array([ids], dtype=np.int64),
-        past_len=np.zeros(1, dtype=np.int64),
-        past_kv=np.zeros((config.slots(n_loops), 1, 1, config.cache_width), dtype=np.float32),
-        logit_positions=np.arange(len(ids), dtype=np.int64)[None],
-        n_loops=np.array([n_loops], dtype=np.int64),
-    )
+    cache = Cache(config.slots(n_loops), 1, config.cache_width, cache_dtype)
+    positions = np.arange(len(ids), dtype=np.int64)[None]
+    tokens, depth = np.array([ids], dtype=np.int64), np.array([n_loops], dtype=np.int64)
+    return StepInput(tokens, cache.length, cache.rows, positions, depth, cache.scales)
 
 
 def run_decoder(decoder: Decoder, step: StepInput) -> StepOutput:
     """Evaluates a step of one sequence in torch, at the step's n_loops, up to the decoder's max_loops."""
     if decoder.config.loop:
         decoder.fixed_loops = int(step.n_loops[0])
+    past_scale = None if step.past_scale is None else torch.from_numpy(step.past_scale)
     with torch.no_grad():
-        return StepOutput(*(output.numpy() for output in decoder(*map(torch.from_numpy, step[:4]))))
+        outputs = decoder(*map(torch.from_numpy, step[:4]), past_scale=past_scale)
+    return StepOutput(*(output.numpy() for output in outputs))
 
 
 class DecoderScorer:

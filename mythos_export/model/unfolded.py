@@ -114,9 +114,9 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, weights: Weights, name: str, layer: LayerConfig, epsilon: float) -> None:
         super().__init__()
-        self.config = layer.attention
+        config = self.config = layer.attention
         self.qkv = NormalizedLinear(weights, f"{name}.qkv", epsilon)
-        self.cache = CachedRows(layer.attention)
+        self.cache = CachedRows(config)
         self.out = ResidualLinear(weights, f"{name}.out")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,6 +23,21 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+class Cache(NamedTuple):
+    """What an attention operator is given of the cache.
+
+    past_kv [slots, B, C, W], past_len [B] int64, slot [] int64: this layer's. past_scale [slots, B, C] float32: of each row where
+    past_kv is int8. row_scale: of every new int8 row, numbers beyond 127 levels cut off; 0 for each row's own, its largest
+    magnitude / 127.
+    """
+
+    past_kv: Tensor
+    past_len: Tensor
+    slot: Tensor
+    past_scale: Tensor | None = None
+    row_scale: float = 0.0
+
+
 class CachedRows(NamedTuple):
     """The rows of new tokens as the cache holds them, and as attention reads them.
 
@@ -42,38 +57,37 @@ class CachedRows(NamedTuple):
         return self.new_scale
 
 
-def store_rows(rows: Tensor, past_kv: Tensor, dtype: torch.dtype) -> CachedRows:
-    """Rounds rows [B, S, W] to what past_kv holds; dtype: of the queries. int8: to 255 levels of each row's largest number."""
-    if past_kv.dtype != torch.int8:
+def store_rows(rows: Tensor, cache: Cache, dtype: torch.dtype) -> CachedRows:
+    """Rounds rows [B, S, W] to what the cache holds; dtype: of the queries."""
+    if cache.past_kv.dtype != torch.int8:
         # A cache as wide as the arithmetic loses nothing, so float64 inputs stay what they are.
-        new_kv = rows.to(past_kv.dtype)
+        new_kv = rows.to(cache.past_kv.dtype)
         return CachedRows(new_kv, None, new_kv.to(dtype))
     largest = rows.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > SMALLEST, torch.full_like(largest, 127.0) / largest, 0.0)
-    levels, scale = (rows * inverse).round(), largest / 127.0
+    if cache.row_scale:
+        scale = torch.full_like(largest, cache.row_scale)
+        inverse = 1.0 / scale
+    else:
+        scale = largest / 127.0
+        inverse = torch.where(largest > SMALLEST, torch.full_like(largest, 127.0) / largest, 0.0)
+    levels = (rows * inverse).round().clamp(-127.0, 127.0)
     return CachedRows(levels.to(torch.int8), scale.squeeze(-1).float(), (levels * scale).to(dtype))
 
 
-def live_past(
-    past_kv: Tensor,
-    past_scale: Tensor | None,
-    past_len: Tensor,
-    slot: Tensor,
-    rows: Tensor,
-    window: int = 0,
-) -> tuple[Tensor, Tensor]:
+def live_past(cache: Cache, rows: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     """Rows to attend to [B, L, W], dead ones replaced by 0, and who may see whom [B, S, 1, L].
 
-    past_kv [slots, B, C, W], past_scale [slots, B, C] where that is int8, past_len [B], slot [], rows [B, S, W]: the new ones.
-    window: positions a token sees, itself included; 0 for all.
+    rows [B, S, W]: the new ones. window: positions a token sees, itself included; 0 for all.
     """
+    past_len, slot = cache.past_len, int(cache.slot)
     longest, seq = int(past_len.max()), rows.shape[1]
     column = torch.arange(longest + seq, device=rows.device)
     row = torch.arange(longest, longest + seq, device=rows.device)
     filled = (column < past_len[:, None]) | (column >= longest)
-    past = past_kv[int(slot), :, :longest].to(rows.dtype)
-    if past_scale is not None:
-        past = past * past_scale[int(slot), :, :longest, None].to(rows.dtype)
+    past = wide(cache.past_kv[slot, :, :longest])
+    if cache.past_scale is not None:
+        past = past * cache.past_scale[slot, :, :longest, None]
+    past = past.to(rows.dtype)
     past = torch.where(filled[:, :longest, None], past, torch.zeros((), dtype=past.dtype, device=past.device))
     allowed = (column <= row[:, None]) & filled[:, None, :]
     if window:
@@ -168,7 +182,8 @@ _INT8_VALUES = """
   scale_rows = Squeeze(scale_of_slot, axis_0)
   scale_column = Unsqueeze(scale_rows, axis_last)
   past_levels = Cast <to = 1> (past_stored)
-  past_rows = Mul(past_levels, scale_column)
+  past_wide = Mul(past_levels, scale_column)
+  past_rows = CastLike(past_wide, fresh)
 """
 
 
@@ -191,21 +206,29 @@ _STORE_INT8 = f"""
   store_127 = Constant <value_float = 127.0> ()
   store_none = Constant <value_float = 0.0> ()
   store_least = Constant <value_float = {SMALLEST}> ()
-  row_scale = Div(row_largest, store_127)
-  row_any = Greater(row_largest, store_least)
-  row_ratio = Div(store_127, row_largest)
-  row_inverse = Where(row_any, row_ratio, store_none)
+  own_scale = Div(row_largest, store_127)
+  own_any = Greater(row_largest, store_least)
+  own_ratio = Div(store_127, row_largest)
+  own_inverse = Where(own_any, own_ratio, store_none)
+  fixed_scale = Constant <value_float: float = @row_scale> ()
+  fixed_inverse = Reciprocal(fixed_scale)
+  is_fixed = Greater(fixed_scale, store_none)
+  row_scales = Where(is_fixed, fixed_scale, own_scale)
+  row_inverse = Where(is_fixed, fixed_inverse, own_inverse)
   row_scaled = Mul(rows_f, row_inverse)
-  row_levels = Round(row_scaled)
+  row_rounded = Round(row_scaled)
+  store_minus_127 = Neg(store_127)
+  row_levels = Clip(row_rounded, store_minus_127, store_127)
   new_kv = Cast <to = 3> (row_levels)
-  new_scale = Squeeze(row_scale, store_last)
-  fresh = Mul(row_levels, row_scale)
+  new_scale = Squeeze(row_scales, store_last)
+  fresh_f = Mul(row_levels, row_scales)
+  fresh = CastLike(fresh_f, {{like}})
 """
 
 
 def store_text(like: str, *, int8: bool) -> str:
     """Statements that give `new_kv` (and `new_scale`) and `fresh` from `rows_f`."""
-    return _STORE_INT8 if int8 else _STORE.replace("{like}", like)
+    return (_STORE_INT8 if int8 else _STORE).replace("{like}", like)
 
 
 # probabilities [B, S, H, L] from `scores` of that shape, in float32: a mask selects, it is never added.
@@ -222,7 +245,7 @@ def with_int8_cache(operator: Operator, torch_op: Any, body: str) -> Operator:
     """The operator's form for an int8 cache: …Int8Cache, with past_scale after past_kv and new_scale after new_kv."""
     inputs: list[tuple[str, str, str]] = []
     for name, kind, text in operator.inputs:
-        inputs.append((name, "tensor(int8)" if name == "past_kv" else "tensor(float)" if kind == "T" else kind, text))
+        inputs.append((name, "tensor(int8)" if name == "past_kv" else kind, text))
         if name == "past_kv":
             inputs.append(("past_scale", "tensor(float)", "[slots, batch, capacity]: of each row"))
     at = [name for name, _, _ in inputs].index("past_scale")
@@ -237,10 +260,14 @@ def with_int8_cache(operator: Operator, torch_op: Any, body: str) -> Operator:
         doc=f"{operator.doc} The cache holds int8 rows, each with a scale.",
         inputs=tuple(inputs),
         outputs=(
-            (operator.outputs[0][0], "tensor(float)", operator.outputs[0][2]),
+            operator.outputs[0],
             ("new_kv", "tensor(int8)", operator.outputs[1][2]),
             ("new_scale", "tensor(float)", "[batch, seq]: of each new row"),
         ),
+        attributes={
+            **operator.attributes,
+            "row_scale": ("FLOAT", "of all new rows, larger numbers cut off; 0: each its own, largest magnitude / 127"),
+        },
         torch_op=torch_op,
         infer_shapes=infer_shapes,
         body=body,

@@ -12,6 +12,7 @@ from torch import Tensor
 from mythos_export.ops.cached_attention import (
     ROTATE_HEADS,
     SOFTMAX,
+    Cache,
     CachedRows,
     attend_rows,
     live_past,
@@ -44,8 +45,14 @@ def grouped_query_attention(
     arXiv 2310.06825); 0 for all. scale: of the scores, usually D**-0.5.
     Returns y [B, S, H*D] and new_kv [B, S, W]: rotated keys, then values, in the dtype of past_kv.
     """
-    y, stored = _attend(qkv, cos, sin, past_kv, None, past_len, slot, (n_heads, n_kv_heads, window), scale)
+    cache = Cache(past_kv, past_len, slot)
+    y, stored = _attend(qkv, cos, sin, cache, (n_heads, n_kv_heads, window), scale)
     return y, stored.new_kv
+
+
+@grouped_query_attention.register_fake
+def _(qkv, cos, sin, past_kv, past_len, slot, n_heads, n_kv_heads, window, scale):  # type: ignore[no-untyped-def]
+    return _empty(qkv, past_kv, n_heads, n_kv_heads)
 
 
 @torch.library.custom_op("mythos::grouped_query_attention_int8_cache", mutates_args=())
@@ -61,20 +68,32 @@ def grouped_query_attention_int8_cache(
     n_kv_heads: int,
     window: int,
     scale: float,
+    row_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over int8 rows: past_scale [slots, B, C] float32. Also returns new_scale [B, S]."""
-    y, stored = _attend(qkv, cos, sin, past_kv, past_scale, past_len, slot, (n_heads, n_kv_heads, window), scale)
+    """The same over int8 rows: past_scale [slots, B, C] float32; row_scale as in Cache. Also returns new_scale [B, S]."""
+    cache = Cache(past_kv, past_len, slot, past_scale, row_scale)
+    y, stored = _attend(qkv, cos, sin, cache, (n_heads, n_kv_heads, window), scale)
     return y, stored.new_kv, stored.present_scale
+
+
+@grouped_query_attention_int8_cache.register_fake
+def _(qkv, cos, sin, past_kv, past_scale, past_len, slot, n_heads, n_kv_heads, window, scale, row_scale):  # type: ignore[no-untyped-def]
+    return *_empty(qkv, past_kv, n_heads, n_kv_heads), past_scale.new_empty(qkv.shape[:2])
+
+
+def _empty(qkv: Tensor, past_kv: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """y and new_kv without their numbers."""
+    batch, seq, width = qkv.shape
+    head_dim = width // (n_heads + 2 * n_kv_heads)
+    new_kv = past_kv.new_empty(batch, seq, 2 * n_kv_heads * head_dim)
+    return qkv.new_empty(batch, seq, n_heads * head_dim), new_kv
 
 
 def _attend(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    past_kv: Tensor,
-    past_scale: Tensor | None,
-    past_len: Tensor,
-    slot: Tensor,
+    cache: Cache,
     sizes: tuple[int, int, int],
     scale: float,
 ) -> tuple[Tensor, CachedRows]:
@@ -82,20 +101,12 @@ def _attend(
     heads = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1))
     to_rotate, value = heads.split([n_heads + n_kv_heads, n_kv_heads], 2)
     query, key = rotate(to_rotate, cos, sin).to(qkv.dtype).split([n_heads, n_kv_heads], 2)
-    stored = store_rows(torch.cat([key, value], 2).flatten(2), past_kv, qkv.dtype)
-    rows, allowed = live_past(past_kv, past_scale, past_len, slot, stored.rows, window)
+    stored = store_rows(torch.cat([key, value], 2).flatten(2), cache, qkv.dtype)
+    rows, allowed = live_past(cache, stored.rows, window)
     keys, values = (
         half.unflatten(-1, (n_kv_heads, -1)).repeat_interleave(n_heads // n_kv_heads, 2) for half in rows.chunk(2, -1)
     )
     return attend_rows(torch.einsum("bshd,blhd->bshl", query * scale, keys), values, allowed).flatten(2), stored
-
-
-@grouped_query_attention.register_fake
-def _(qkv, cos, sin, past_kv, past_len, slot, n_heads, n_kv_heads, window, scale):  # type: ignore[no-untyped-def]
-    batch, seq, width = qkv.shape
-    head_dim = width // (n_heads + 2 * n_kv_heads)
-    new_kv = past_kv.new_empty(batch, seq, 2 * n_kv_heads * head_dim)
-    return qkv.new_empty(batch, seq, n_heads * head_dim), new_kv
 
 
 def _body(*, int8: bool) -> str:

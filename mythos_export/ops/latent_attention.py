@@ -16,6 +16,7 @@ from torch import Tensor
 from mythos_export.ops.cached_attention import (
     ROTATE_HEADS,
     SOFTMAX,
+    Cache,
     CachedRows,
     attend_rows,
     live_past,
@@ -52,7 +53,7 @@ def latent_attention(
     scale: of the scores, usually (N+Q)**-0.5. epsilon: of the RMSNorm.
     Returns y [B, S, H*V] and new_kv [B, S, W], the rows to append to the cache, in its dtype.
     """
-    y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, (past_kv, None, past_len, slot), scale, epsilon)
+    y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, Cache(past_kv, past_len, slot), scale, epsilon)
     return y, stored.new_kv
 
 
@@ -76,10 +77,18 @@ def latent_attention_int8_cache(
     slot: Tensor,
     scale: float,
     epsilon: float,
+    row_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over int8 rows: past_scale [slots, B, C] float32. Also returns new_scale [B, S]."""
-    y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, (past_kv, past_scale, past_len, slot), scale, epsilon)
+    """The same over int8 rows: past_scale [slots, B, C] float32; row_scale as in Cache. Also returns new_scale [B, S]."""
+    cache = Cache(past_kv, past_len, slot, past_scale, row_scale)
+    y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, cache, scale, epsilon)
     return y, stored.new_kv, stored.present_scale
+
+
+@latent_attention_int8_cache.register_fake
+def _(q, kv, kv_norm, w_uk, w_uv, cos, sin, past_kv, past_scale, past_len, slot, scale, epsilon, row_scale):  # type: ignore[no-untyped-def]
+    y = q.new_empty(*q.shape[:2], w_uv.shape[0] * w_uv.shape[1])
+    return y, past_kv.new_empty(kv.shape), past_scale.new_empty(kv.shape[:2])
 
 
 @torch.library.custom_op("mythos::quantized_latent_attention", mutates_args=())
@@ -104,7 +113,7 @@ def quantized_latent_attention(
 ) -> tuple[Tensor, Tensor]:
     """The same with w_uk and w_uv as `dequantize` takes them, their inputs rounded as ActivationRounding says."""
     w_uk, w_uv = dequantize(w_uk, w_uk_scale, block_size), dequantize(w_uv, w_uv_scale, block_size)
-    cache = (past_kv, None, past_len, slot)
+    cache = Cache(past_kv, past_len, slot)
     rounding = ActivationRounding(activation_scale, 2, block_size, activation_type)
     y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, cache, scale, epsilon, rounding)
     return y, stored.new_kv
@@ -128,12 +137,13 @@ def quantized_latent_attention_int8_cache(
     activation_scale: Tensor,
     scale: float,
     epsilon: float,
+    row_scale: float,
     block_size: int,
     activation_type: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both: quantized w_uk and w_uv, int8 rows."""
     w_uk, w_uv = dequantize(w_uk, w_uk_scale, block_size), dequantize(w_uv, w_uv_scale, block_size)
-    cache = (past_kv, past_scale, past_len, slot)
+    cache = Cache(past_kv, past_len, slot, past_scale, row_scale)
     rounding = ActivationRounding(activation_scale, 2, block_size, activation_type)
     y, stored = _attend(q, kv, kv_norm, w_uk, w_uv, cos, sin, cache, scale, epsilon, rounding)
     return y, stored.new_kv, stored.present_scale
@@ -147,22 +157,21 @@ def _attend(
     w_uv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    cache: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    cache: Cache,
     scale: float,
     epsilon: float,
     rounding: ActivationRounding | None = None,
 ) -> tuple[Tensor, CachedRows]:
-    """cache: past_kv, past_scale, past_len, slot. rounding: of the inputs of w_uk and w_uv."""
-    past_kv, past_scale, past_len, slot = cache
+    """rounding: of the inputs of w_uk and w_uv."""
     n_heads, rank, nope = w_uk.shape
     heads = q.unflatten(-1, (n_heads, -1))
     latent, key = kv.split([rank, kv.shape[-1] - rank], -1)
     latent = rms_norm(wide(latent), wide(kv_norm), epsilon)
-    stored = store_rows(torch.cat([latent, rotate(key.unsqueeze(2), cos, sin).squeeze(2)], -1), past_kv, q.dtype)
+    stored = store_rows(torch.cat([latent, rotate(key.unsqueeze(2), cos, sin).squeeze(2)], -1), cache, q.dtype)
     q_nope = rounding(heads[..., :nope], 0) if rounding else heads[..., :nope]
     q_latent = torch.einsum("bshn,hrn->bshr", q_nope, w_uk.to(q.dtype))
     query = torch.cat([q_latent, rotate(heads[..., nope:], cos, sin).to(q.dtype)], -1) * scale
-    rows, allowed = live_past(past_kv, past_scale, past_len, slot, stored.rows)
+    rows, allowed = live_past(cache, stored.rows)
     mixed = attend_rows(torch.einsum("bshw,blw->bshl", query, rows), rows.unsqueeze(2), allowed)[..., :rank]
     mixed = rounding(mixed, 1) if rounding else mixed
     return torch.einsum("bshr,hvr->bshv", mixed, w_uv.to(q.dtype)).flatten(2), stored

@@ -21,7 +21,7 @@ from mythos_export.ops.operator import Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
     ActivationRounding,
-    Float8StackForm,
+    DequantizedForm,
     FloatForm,
     PackedForm,
     dequantize,
@@ -125,7 +125,10 @@ def _body(form: FloatForm) -> str:
     gate_up, down = form.stack("gate_up"), form.stack("down")
     weights, scanned, scales = "gate_up_e, down_e", f"{gate_up}, {down}", ("", "")
     if isinstance(form, PackedForm):
-        weights, scanned = "gate_up_e, gate_up_e_scale, down_e, down_e_scale", "gate_up, gate_up_scale, down, down_scale"
+        weights, scanned = (
+            "gate_up_e, gate_up_e_scale, down_e, down_e_scale",
+            "gate_up, gate_up_scale, down, down_scale",
+        )
         scales = (_GATHER_SCALE.format("gate_up"), _GATHER_SCALE.format("down"))
     return f"""
   {form.preamble}
@@ -271,5 +274,5 @@ QUANTIZED = quantized(
     _body(PackedForm()),
     weights=_WEIGHTS,
     packed=True,
-    float8_body=_body(Float8StackForm(*_WEIGHTS)),
+    dequantized_body=_body(DequantizedForm(*_WEIGHTS)),
 )

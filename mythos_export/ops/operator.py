@@ -14,7 +14,7 @@ from onnxscript import values as onnxscript_values
 
 DOMAIN = "ai.mythos"
 DOMAIN_VERSION = 1
-FLOAT8 = "float8"  # the overload of functions over float8e4m3fn weights
+DEQUANTIZED = "dequantized"  # the overload of functions made of dequantized_body
 OPSET = 21  # the first with blocked DequantizeLinear, which quantized bundles use
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -57,8 +57,9 @@ class Operator:
 
     inputs and outputs are (name, type, description), the type an ONNX type string or one of TYPES: "T", the matrices' dtype, and
     so on. infer_shapes maps the input shapes and the attributes to the output shapes; an unknown dimension is None.
-    body is the statements of the ONNX function, over the input names, defining the output names; float8_body those where the
-    weights are float8e4m3fn, if body cannot serve them too.
+    body is the statements of the ONNX function, over the input names, defining the output names. dequantized_body is another
+    one, if body picks among quantized matrices: it dequantizes all before it picks, as is wanted where they are float8e4m3fn,
+    which no standard operator picks from, and in TensorRT, which takes a quantized matrix only as it is stored.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Operator:
     torch_op: Any
     infer_shapes: Callable[[list[Shape], dict[str, Any]], list[Shape]]
     body: str
-    float8_body: str | None = None
+    dequantized_body: str | None = None
 
     @cached_property
     def schema(self) -> defs.OpSchema:
@@ -115,13 +116,13 @@ class Operator:
 
     @cached_property
     def functions(self) -> dict[str, onnx.FunctionProto]:
-        """The portable bodies as functions of standard operators, carried inside every model file: by overload, "" or FLOAT8."""
-        bodies = {"": self.body} if self.float8_body is None else {"": self.body, FLOAT8: self.float8_body}
-        return {overload: self._function(overload, body) for overload, body in bodies.items()}
+        """The portable bodies as functions of standard operators, carried inside every model file, by their overload."""
+        bodies = {"": self.body, DEQUANTIZED: self.dequantized_body}
+        return {overload: self._function(overload, body) for overload, body in bodies.items() if body is not None}
 
     def overload_for(self, types: Iterable[int | None]) -> str:
         """Which of `functions` a node takes; types: the ONNX element types of its inputs."""
-        return FLOAT8 if self.float8_body is not None and onnx.TensorProto.FLOAT8E4M3FN in types else ""
+        return DEQUANTIZED if DEQUANTIZED in self.functions and onnx.TensorProto.FLOAT8E4M3FN in types else ""
 
     def _function(self, overload: str, body: str) -> onnx.FunctionProto:
         inputs = ", ".join(name for name, _, _ in self.inputs)

@@ -63,6 +63,8 @@ class ActivationRounding:
             raise InputError(f"activation_scale holds {n} scales; expected none or {self.n_products}, one a product")
         if self.activation_type == TensorProto.FLOAT8E4M3FN and n == 0:
             raise InputError("activation_scale is empty; FLOAT8E4M3FN needs static scales, one a product")
+        if not bool((torch.isfinite(self.activation_scale) & (self.activation_scale > 0)).all()):
+            raise InputError("activation_scale holds a scale that is not positive and finite; calibrate again")
 
     def __call__(self, x: Tensor, product: int = 0) -> Tensor:
         """x [..., I] as product number `product` sees it."""
@@ -85,7 +87,7 @@ def round_blocks(x: Tensor, block_size: int) -> Tensor:
 
 
 def round_static(x: Tensor, scale: Tensor, activation_type: int) -> Tensor:
-    """x rounded to the nearest multiple of scale [] that INT8 or FLOAT8E4M3FN holds, ties to even; what is beyond becomes the last."""
+    """x rounded to the nearest of the levels of INT8 or FLOAT8E4M3FN times scale [], ties to even; what is beyond, to the last."""
     if activation_type == TensorProto.INT8:
         return (x / scale).round().clamp(-INT8_MAX, INT8_MAX) * scale
     levels = (x / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
@@ -173,16 +175,15 @@ class PackedForm(QuantizedForm):
         return _UNPACK.format(weight=weight, scale=scale, out=out)
 
 
-class Float8StackForm(QuantizedForm):
-    """The same with stacks of float8 matrices, widened as a whole before anything is picked from them: neither can float8 numbers
-    be gathered, nor does TensorRT take a quantized matrix that is not dequantized as it is stored."""
+class DequantizedForm(QuantizedForm):
+    """The same with stacks of matrices that are dequantized as a whole, before any is picked."""
 
     def __init__(self, *stacks: str) -> None:
-        widened = "".join(QuantizedForm.matrix(self, name, f"{name}_scale", self.stack(name)) for name in stacks)
-        self.preamble = QuantizedForm.preamble + widened
+        dequantized = "".join(QuantizedForm.matrix(self, name, f"{name}_scale", self.stack(name)) for name in stacks)
+        self.preamble = QuantizedForm.preamble + dequantized
 
     def stack(self, weight: str) -> str:
-        return f"{weight}_floats"
+        return f"{weight}_dequantized"
 
     def matrix(self, weight: str, scale: str, out: str) -> str:
         return FloatForm.matrix(self, weight, scale, out)
@@ -230,6 +231,8 @@ _UNPACK = """
 """
 
 # {out} [T, I]: x as it is, or rounded: with a static scale, or with one for every block of every token.
+# Flatten leaves [T, I] as it is, but onnxruntime moves no DequantizeLinear past it: next to the MatMul, it would fuse it with that
+# of the matrix, without a look at the blocks of its scales.
 _ROUND = f"""
   {{out}} = If (is_static) <
     then_branch = static_scales () => ({{out}}_static) {{{{
@@ -238,14 +241,16 @@ _ROUND = f"""
       {{out}}_static = If (to_float8) <
         then_branch = round_to_float8 () => ({{out}}_float8) {{{{
           {{out}}_q8 = QuantizeLinear <output_dtype = 17> ({{x}}, {{out}}_step)
-          {{out}}_float8 = DequantizeLinear({{out}}_q8, {{out}}_step)
+          {{out}}_dq8 = DequantizeLinear({{out}}_q8, {{out}}_step)
+          {{out}}_float8 = Flatten <axis = 1> ({{out}}_dq8)
         }}}},
         else_branch = round_to_int8 () => ({{out}}_int8) {{{{
           {{out}}_lowest = Constant <value_float = {-INT8_MAX}> ()
           {{out}}_low = Mul({{out}}_step, {{out}}_lowest)
           {{out}}_bounded = Max({{x}}, {{out}}_low)
           {{out}}_q = QuantizeLinear <output_dtype = 3> ({{out}}_bounded, {{out}}_step)
-          {{out}}_int8 = DequantizeLinear({{out}}_q, {{out}}_step)
+          {{out}}_dq = DequantizeLinear({{out}}_q, {{out}}_step)
+          {{out}}_int8 = Flatten <axis = 1> ({{out}}_dq)
         }}}}>
     }}}},
     else_branch = no_static_scales () => ({{out}}_other) {{{{
@@ -317,7 +322,7 @@ def quantized(
     weights: tuple[str, ...],
     *,
     packed: bool = False,
-    float8_body: str | None = None,
+    dequantized_body: str | None = None,
 ) -> Operator:
     """The operator's quantized form: Quantized…, each of its `weights` followed by NAME_scale, and activation_scale last.
 
@@ -355,10 +360,13 @@ def quantized(
             **operator.attributes,
             **form,
             "block_size": ("INT", "input channels a scale: 32, 64 or 128"),
-            "activation_type": ("INT", "what inputs of products are rounded to: 1 FLOAT (not at all), 3 INT8, 17 FLOAT8E4M3FN"),
+            "activation_type": (
+                "INT",
+                "what inputs of products are rounded to: 1 FLOAT (not at all), 3 INT8, 17 FLOAT8E4M3FN",
+            ),
         },
         torch_op=torch_op,
         infer_shapes=infer_shapes,
         body=body,
-        float8_body=float8_body,
+        dequantized_body=dequantized_body,
     )

@@ -11,16 +11,17 @@ from typing import Any
 
 import msgspec
 import onnx_ir as ir
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from calibration.rounding import pack_int4
 from calibration.statistics import Statistics
-from calibration.text import Sample, sample
+from calibration.text import Sample, sample, unk_token_id
 from mythos_export import __version__
 from mythos_export.config import ModelConfig
 from mythos_export.export import GRAPH_FILE, WEIGHTS_FILE, Progress, attach_functions, bytes_of, pad_for, write_graph
-from mythos_export.quantize.calibrate import Calibration
+from mythos_export.quantize.calibrate import STATISTICS, Calibration, serves
 from mythos_export.quantize.compute import CACHE_LIMIT, Quantizer
 from mythos_export.quantize.graph import Rewriter, scales_name, values_name
 from mythos_export.quantize.plan import Plan, make_plan, matrix_table
@@ -63,18 +64,24 @@ class QuantizableBundle:
         """The depth that calibration runs: the bundle's own."""
         return self.graph.default_loops if self.graph.loops is None else self.graph.loops
 
+    @property
+    def weights_sha256(self) -> str:
+        """What statistics of this bundle's weights are known by."""
+        return self.manifest.files[self.graph.weights[0]].sha256
+
     def sample(self, text: Text) -> Sample:
         """Token ids [N, T] to calibrate with. Raises InputError for text that does not serve."""
-        encode = None
+        encode, unk_id = None, None
         if self.manifest.tokenizer:
             tokenizer = Tokenizer.from_file(str(self.folder / self.manifest.tokenizer))
+            unk_id = unk_token_id(tokenizer)
 
             def encode(document: str) -> list[int]:
                 ids: list[int] = tokenizer.encode(document).ids
                 return ids
 
         length = min(text.length, self.config.max_seq_len)
-        return sample(text.source, encode, self.config.vocab_size, text.n_sequences, length, text.seed)
+        return sample(text.source, encode, self.config.vocab_size, text.n_sequences, length, text.seed, unk_id)
 
     def n_bytes(self, plan: Plan | None = None) -> int:
         """Size of the weights as a plan quantizes them (None: as they are), tables and all else included."""
@@ -83,21 +90,51 @@ class QuantizableBundle:
         return rest + sum(matrix.n_bytes for matrix in planned.values())
 
     def calibration(
-        self, plan: Plan, text: Text, folder: str | Path, share: tuple[int, int] = (1, 1), progress: Progress | None = None
+        self,
+        plan: Plan,
+        text: Text,
+        folder: str | Path,
+        share: tuple[int, int] = (1, 1),
+        progress: Progress | None = None,
     ) -> Calibration:
         """What runs the model over the text, keeping statistics in the folder."""
-        sha256 = self.manifest.files[self.graph.weights[0]].sha256
-        chosen = self.sample(text)
+        chosen, sha256 = self.sample(text), self.weights_sha256
         return Calibration(plan, self.weights, chosen, Path(folder), self.n_loops, sha256, share, progress)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What quantize_bundle made. quantizer: with the outcome of every matrix. statistics: None for recipes without text."""
+    """What quantize_bundle made. quantizer: with the outcome of every matrix. statistics: None where none were needed."""
 
     manifest: Manifest
     quantizer: Quantizer
     statistics: Statistics | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: sizes, what the manifest says of the quantization, each matrix's error."""
+        return {
+            "bytes": sum(entry.size for entry in self.manifest.files.values()),
+            "quantization": self.manifest.quantization,
+            "errors": {name: outcome.error for name, outcome in self.quantizer.outcomes.items()},
+        }
+
+
+def gather_statistics(
+    bundle: str | Path,
+    folder: str | Path,
+    recipe: Recipe,
+    text: Text,
+    share: tuple[int, int] = (1, 1),
+    progress: Progress | None = None,
+) -> Statistics:
+    """Statistics for a recipe, kept in a folder for `quantize_bundle(statistics=…)`.
+
+    share: (k, n), the k-th of n parts of the text. Raises InputError for a recipe that needs none, and as quantize_bundle does.
+    """
+    if not recipe.needs_statistics:
+        raise InputError("the recipe needs no statistics; pass it to `mythos-export quantize` as it is")
+    source = QuantizableBundle(bundle)
+    return source.calibration(make_plan(recipe, source.config), text, folder, share, progress).statistics()
 
 
 def quantize_bundle(
@@ -127,7 +164,7 @@ def quantize_bundle(
     folder = Path(target).with_name(f".{Path(target).name}.calibration")
     with BundleWriter(target, force=force, needed_bytes=size) as writer:
         calibration = source.calibration(plan, text, folder, progress=progress) if text else None
-        gathered = Statistics(statistics) if statistics and recipe.needs_statistics else None
+        gathered = _statistics(source, plan, statistics) if statistics and recipe.needs_statistics else None
         quantizer = calibrated_quantizer(source, plan, calibration, gathered)
         model = _graph(source, plan, quantizer)
         _write_weights(writer.create(WEIGHTS_FILE), model, source, quantizer, progress or (lambda *_: None))
@@ -147,7 +184,9 @@ def check_text(recipe: Recipe, text: Text | None, statistics: Sequence[str | Pat
     if recipe.needs_ranges and text is None:
         raise InputError("the recipe has static activation scales, which come from text; pass --text")
     if recipe.needs_statistics and text is None and not statistics:
-        raise InputError("the recipe rests on calibration; pass --text, or --statistics made by `mythos-export calibrate`")
+        raise InputError(
+            "the recipe rests on calibration; pass --text, or --statistics made by `mythos-export calibrate`"
+        )
 
 
 def calibrated_quantizer(
@@ -163,6 +202,17 @@ def calibrated_quantizer(
     return quantizer
 
 
+def _statistics(source: QuantizableBundle, plan: Plan, folders: Sequence[str | Path]) -> Statistics:
+    found = Statistics([Path(folder) / STATISTICS for folder in folders])
+    if found.subject is None or found.subject["weights"] != source.weights_sha256:
+        raise InputError(f"{folders[0]}: was gathered of another bundle; run `mythos-export calibrate` on this one")
+    if not serves(found, plan, source.weights, source.n_loops):
+        raise InputError(
+            f"{folders[0]}: was gathered for a recipe that needs less, or otherwise; calibrate with this recipe"
+        )
+    return found
+
+
 def _graph(source: QuantizableBundle, plan: Plan, quantizer: Quantizer) -> ir.Model:
     """The bundle's graph in its quantized form; traced anew where the cache changes."""
     model, cache = source.model, plan.recipe.kv_cache
@@ -173,7 +223,7 @@ def _graph(source: QuantizableBundle, plan: Plan, quantizer: Quantizer) -> ir.Mo
             source.config,
             loops=graph.loops,
             max_loops=graph.max_loops,
-            cache_dtype="int8",
+            cache_dtype=torch.int8,
             row_scale=row_scale,
         ).model
         for name, tensor in source.stored.items():
@@ -226,7 +276,9 @@ def _write_weights(
             _write(file, initializers[values_name(name)], _values(quantizer, name, scales))
             _write(file, initializers[scales_name(name)], iter(scales))
         elif name in initializers:
-            _write(file, initializers[name], iter([quantizer.tensor(name) if name in changed else source.weights[name]]))
+            _write(
+                file, initializers[name], iter([quantizer.tensor(name) if name in changed else source.weights[name]])
+            )
         done += tensor.size
         tell("quantizing", done, total)
 

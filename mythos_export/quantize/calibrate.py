@@ -19,6 +19,7 @@ from mythos_export.model.unfolded import CachedRows, MixtureOfExperts, Unfolded
 from mythos_export.quantize.folds import Factors
 from mythos_export.quantize.plan import Plan
 
+STATISTICS = "statistics"  # the folder, within one of calibration, of what weights and cache rest on
 MEMORY = 2**30  # bytes of sums held at once
 
 
@@ -32,11 +33,12 @@ def unfolded(plan: Plan, weights: Mapping[str, Tensor], n_loops: int) -> Unfolde
 
 
 def wanted(plan: Plan, model: nn.Module, n_loops: int) -> dict[str, Wanted]:
-    """What to keep of which module. Second moments stay apart by loop where they all fit into memory together; otherwise only what the
-    recipe's rule for loops takes is kept."""
+    """What to keep of which module. Second moments stay apart by loop where they all fit into memory together; otherwise only what
+    the recipe's rule for loops takes is kept."""
     modules = dict(model.named_modules())
     rule = plan.recipe.calibration.loops
-    keep: str | int = {"last": -1, "first": 0, "max": "all"}.get(rule, "sum")
+    keeps: dict[str, str | int] = {"last": -1, "first": 0, "max": "all"}
+    keep = keeps.get(rule, "sum")
     needs, apart = (
         {
             name: Wanted(hessian=matrix.algorithm == "gptq", keep_loop=of_looped if matrix.looped else "sum")
@@ -50,6 +52,16 @@ def wanted(plan: Plan, model: nn.Module, n_loops: int) -> dict[str, Wanted]:
         needs, apart = needs | rows, apart | rows
     size = sum(want.n_bytes(channels(modules[name]), n_loops) for name, want in apart.items())
     return apart if size <= MEMORY else needs
+
+
+def serves(found: Statistics, plan: Plan, weights: Mapping[str, Tensor], n_loops: int) -> bool:
+    """Whether statistics of these weights, over whatever text, hold all that a plan wants, gathered as its recipe says."""
+    subject = found.subject or {}
+    rule = msgspec.to_builtins(plan.recipe.calibration)
+    return subject.get("calibration") == rule and all(
+        name in found and (found.has(name, "hessian") or not want.hessian)
+        for name, want in wanted(plan, unfolded(plan, weights, n_loops), n_loops).items()
+    )
 
 
 @dataclass(frozen=True)
@@ -69,17 +81,7 @@ class Calibration:
     def statistics(self) -> Statistics:
         """What weights and cache rest on."""
         model = unfolded(self.plan, self.weights, self.n_loops)
-        return self._gather("statistics", model, wanted(self.plan, model, self.n_loops), {})
-
-    def is_served_by(self, statistics: Statistics) -> bool:
-        """Whether statistics of the same model and settings, over whatever text, hold all that `statistics` would gather."""
-        subject = statistics.subject or {}
-        if any(subject.get(key) != value for key, value in self._settings().items()):
-            return False
-        held = subject["wanted"]
-        model = unfolded(self.plan, self.weights, self.n_loops)
-        needs = wanted(self.plan, model, self.n_loops)
-        return all(name in held and held[name][0] >= want.hessian for name, want in needs.items())
+        return self._gather(STATISTICS, model, wanted(self.plan, model, self.n_loops), {})
 
     def ranges(self, factors: Factors) -> Statistics:
         """Histograms of the inputs of products with static scales, as they are once the factors are folded in."""
@@ -96,22 +98,17 @@ class Calibration:
                     divisors[module] = columns
         return self._gather("ranges", model, needs, divisors)
 
-    def _settings(self) -> dict[str, Any]:
-        """What statistics must have been gathered of, and how, for this recipe."""
-        calibration = msgspec.to_builtins(self.plan.recipe.calibration)
-        return {"weights": self.weights_sha256, "n_loops": self.n_loops, "calibration": calibration}
-
-    def _gather(
-        self, what: str, model: nn.Module, needs: dict[str, Wanted], divisors: dict[str, Tensor]
-    ) -> Statistics:
+    def _gather(self, what: str, model: nn.Module, needs: dict[str, Wanted], divisors: dict[str, Tensor]) -> Statistics:
         first, of = self.share
         digest = hashlib.sha256()
         for name in sorted(divisors):
             digest.update(name.encode() + divisors[name].contiguous().numpy().tobytes())
         subject: dict[str, Any] = {
-            **self._settings(),
+            "weights": self.weights_sha256,
             "text": self.sample.record,
             "share": [first, of],
+            "n_loops": self.n_loops,
+            "calibration": msgspec.to_builtins(self.plan.recipe.calibration),
             "wanted": {name: [want.hessian, want.histogram, str(want.keep_loop)] for name, want in needs.items()},
             "divisors": digest.hexdigest(),
         }

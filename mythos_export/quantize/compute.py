@@ -18,9 +18,9 @@ from calibration.gptq import gptq
 from calibration.observers import merge_moments
 from calibration.rounding import (
     Format,
-    nearest_scales,
     restore,
     round_to_nearest,
+    round_with,
     searched_scales,
 )
 from calibration.smoothing import awq, smoothquant, weighted_error
@@ -193,21 +193,23 @@ class Quantizer:
         readers = [self.plan.matrices[name] for name, _ in fold.columns if name in self.plan.matrices]
         if smoothing is None or not readers or not all(matrix.smoothed for matrix in readers):
             return
-        parts = [self._part(matrix, module) for matrix in readers for module in matrix.modules if module in fold.modules]
+        parts = [
+            self._part(matrix, module) for matrix in readers for module in matrix.modules if module in fold.modules
+        ]
         inputs = [self._rescaled(self._merged(module, False), matrix.name, index) for matrix, module, index in parts]
         seen = [item for item in inputs if item.tokens > 0]
         if not seen:
             return
         weights = [
-            self.factors.scaled(matrix.name, self._weights[matrix.name][index if index is not None else slice(None)], index)
+            self.factors.scaled(
+                matrix.name, self._weights[matrix.name][index if index is not None else slice(None)], index
+            )
             for matrix, _, index in parts
         ]
         if smoothing.method == "smoothquant":
             largest = torch.stack([item.largest for item in seen]).amax(0)
             heaviest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-            self.factors.apply(
-                fold, smoothquant(fold.shared(largest), fold.shared(heaviest), smoothing.strength)
-            )
+            self.factors.apply(fold, smoothquant(fold.shared(largest), fold.shared(heaviest), smoothing.strength))
             return
         total = sum(item.tokens for item in seen)
         magnitude = torch.stack([item.magnitude * (item.tokens / total) for item in seen]).sum(0)
@@ -217,7 +219,7 @@ class Quantizer:
             cost = 0.0
             for weight, form, item in zip(weights, forms, inputs, strict=True):
                 scaled = weight * factors
-                rounded = round_to_nearest(scaled, form, scales := nearest_scales(scaled, form))
+                rounded, scales = round_to_nearest(scaled, form)
                 difference = [(weight, restore(rounded, form, scales) / factors)]
                 cost += item.tokens * weighted_error(difference, item.square)
             return cost
@@ -230,7 +232,7 @@ class Quantizer:
         return matrix, module, matrix.modules.index(module) if len(matrix.shape) == 3 else None
 
     def activation_scales(self, matrices: list[MatrixPlan]) -> Tensor | None:
-        """Static scales of an operator's products [L, n], or [1, n] where loops share them; None where they are found as it runs."""
+        """Static scales of an operator's products [L, n], or [1, n] where loops share them; None where there are none."""
         activations = matrices[0].activations
         if activations.scale == "block" or activations.type == "float32":
             return None
@@ -264,10 +266,9 @@ def _round(name: str, weight: Tensor, matrix: MatrixPlan, inputs: Inputs | None)
     """One matrix, or rows of one, by its algorithm; to nearest without statistics."""
     form: Format = matrix.form
     if inputs is None:
-        scales = nearest_scales(weight, form, name)
-        return round_to_nearest(weight, form, scales), scales
+        return round_to_nearest(weight, form, name)
     least = float(inputs.square.max()) * 1e-9
     scales = searched_scales(weight, form, inputs.square.clamp(min=max(least, 1e-30)), name)
     if matrix.algorithm == "gptq" and inputs.hessian is not None:
-        return gptq(weight, inputs.hessian, form, scales), scales
-    return round_to_nearest(weight, form, scales), scales
+        return gptq(weight, inputs.hessian, form, scales)
+    return round_with(weight, form, scales), scales

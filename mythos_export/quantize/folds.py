@@ -45,7 +45,8 @@ class Fold:
         if self.groups is None:
             return channels
         runs = channels.unflatten(0, self.groups)
-        return runs.amax(1, keepdim=True).expand_as(runs).flatten()
+        largest: Tensor = runs.amax(1, keepdim=True).expand_as(runs).flatten()
+        return largest
 
 
 class Factors:
@@ -150,16 +151,17 @@ def cache_folds(config: ModelConfig) -> Iterator[tuple[str, slice, Fold]]:
     """
     for layer_name, layer in _layers(config):
         name, attention = f"{layer_name}.attn", layer.attention
-        parts = _latent_cache if isinstance(attention, LatentAttentionConfig) else _grouped_cache
-        for channels, fold in parts(name, attention):  # type: ignore[operator]
+        is_latent = isinstance(attention, LatentAttentionConfig)
+        parts = _latent_cache(name, attention) if is_latent else _grouped_cache(name, attention)  # type: ignore[arg-type]
+        for channels, fold in parts:
             yield f"{name}.cache", channels, fold
 
 
 def _latent_cache(name: str, config: LatentAttentionConfig) -> Iterator[tuple[slice, Fold]]:
     rank, rope, nope = config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
     # The latent's share of a score is a product with w_uk's outputs.
-    uses = {"columns": ((f"{name}.w_uv", ALL),), "rows": ((f"{name}.w_uk", ALL),)}
-    yield slice(0, rank), Fold(divided=((f"{name}.kv_norm", ALL),), **uses)
+    norm, values, keys = ((f"{name}.{part}", ALL) for part in ("kv_norm", "w_uv", "w_uk"))
+    yield slice(0, rank), Fold(divided=(norm,), columns=(values,), rows=(keys,))
     start = config.q_lora_rank + rank
     queries = tuple(
         (f"{name}.q_up.weight", (slice(h * (nope + rope) + nope, (h + 1) * (nope + rope)),))

@@ -87,9 +87,7 @@ class Rewriter:
         for name, value in names.items():
             inputs += self._pair(weights[name]) if name in weights else [value]
         inputs.append(self._activation_scale(operator_of(plans[0].name), node, loop, count))
-        new = ir.node(
-            quantized, inputs, attributes, domain=ops.DOMAIN, name=node.name, num_outputs=len(node.outputs)
-        )
+        new = ir.node(quantized, inputs, attributes, domain=ops.DOMAIN, name=node.name, num_outputs=len(node.outputs))
         _replace(node, new)
 
     def _activation_scale(self, operator: str, node: ir.Node, loop: ir.Value | None, count: int) -> ir.Value:
@@ -103,6 +101,7 @@ class Rewriter:
             return self._constant(f"{operator}.activation_scale.{count}", table[min(count, len(table) - 1)].numpy())
         rows = self._constant(f"{operator}.activation_scale", table.numpy())
         gather = ir.node("Gather", [rows, loop], {"axis": 0}, name=f"{node.name}/activation_scale")
+        gather.outputs[0].name = f"{node.name}/activation_scale"
         gather.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         gather.outputs[0].shape = ir.Shape([table.shape[1]])
         if isinstance(node.graph, ir.Graph):

@@ -33,9 +33,7 @@ class MatrixPlan:
     @property
     def modules(self) -> tuple[str, ...]:
         """The Linear modules that hold it, one a matrix of a stack."""
-        return (
-            (self.name,) if len(self.shape) == 2 else tuple(f"{self.name}.{index}" for index in range(self.shape[0]))
-        )
+        return (self.name,) if len(self.shape) == 2 else tuple(f"{self.name}.{index}" for index in range(self.shape[0]))
 
     @property
     def looped(self) -> bool:
@@ -89,7 +87,8 @@ def make_plan(recipe: Recipe, config: ModelConfig) -> Plan:
             raise InputError(f"{what} names {_text(patterns)}, which no matrix fits; there are: {', '.join(shapes)}")
     if recipe.kv_cache is None and not recipe.weights:
         raise InputError("the recipe changes nothing; give it [[weights]] rules or a [kv_cache]")
-    matrices = {name: plan for name, shape in shapes.items() if (plan := _matrix(name, shape, recipe)) is not None}
+    planned = {name: _matrix(name, shape, recipe) for name, shape in shapes.items()}
+    matrices = {name: matrix for name, matrix in planned.items() if matrix is not None}
     plan = Plan(recipe, config, matrices, shapes)
     _widen_odd(plan)
     _check_operators(plan)
@@ -123,14 +122,19 @@ def _matrix(name: str, shape: tuple[int, ...], recipe: Recipe) -> MatrixPlan | N
     activations = recipe.activations or Activations()
     if not _fits(activations.matrices, name):
         activations = Activations()
-    if form.kind == "fp8" and activations.type == "int8":
-        activations = Activations(type="float32")
+    if (form.kind == "fp8") != (activations.type == "fp8"):
+        # A product is integers or float8; where a recipe mixes them, the inputs stay as they are.
+        activations = activations if form.kind != "fp8" and activations.type == "int8" else Activations(type="float32")
     return MatrixPlan(name, shape, form, rule.algorithm, smoothed, activations)
 
 
 def _widen_odd(plan: Plan) -> None:
     """int4 is stored two a byte, so an odd number of input channels keeps int8; the matrices of a mixture go together."""
-    odd = {operator_of(m.name) if m.packed else m.name for m in plan.matrices.values() if m.form.kind == "int4" and m.shape[-1] % 2}
+    odd = {
+        operator_of(m.name) if m.packed else m.name
+        for m in plan.matrices.values()
+        if m.form.kind == "int4" and m.shape[-1] % 2
+    }
     for name, matrix in plan.matrices.items():
         if matrix.form.kind == "int4" and odd & {name, operator_of(name)}:
             plan.matrices[name] = replace(matrix, form=replace(matrix.form, kind="int8"))
@@ -142,16 +146,16 @@ def _check_operators(plan: Plan) -> None:
     for operator, matrices in plan.operators():
         first = matrices[0]
         missing = [n for n in plan.shapes if operator_of(n) == operator and n not in plan.matrices]
-        others = [m.name for m in matrices if m.form.block_size != first.form.block_size or m.activations != first.activations]
+        others = [
+            m.name for m in matrices if m.form.block_size != first.form.block_size or m.activations != first.activations
+        ]
         if is_mixture(first.name, first.shape):
             others += [m.name for m in matrices if m.form.kind != first.form.kind]
         if missing or others:
             raise InputError(
-                f"{first.name} and {(missing or others)[0]} are read by one operator ({operator}), which needs the same block size and "
-                "activations for both, and in a mixture of experts the same format; give them one rule"
+                f"{first.name} and {(missing or others)[0]} are read by one operator ({operator}), which needs the same block size "
+                "and activations for both, and in a mixture of experts the same format; give them one rule"
             )
-        if any(m.activations.type == "fp8" and m.form.kind != "fp8" for m in matrices):
-            raise InputError(f"{first.name}: fp8 activations go with fp8 weights; it has {first.form.kind}")
 
 
 def matrix_table(plan: Plan) -> Mapping[str, dict[str, object]]:
@@ -160,6 +164,7 @@ def matrix_table(plan: Plan) -> Mapping[str, dict[str, object]]:
         name: {
             "format": matrix.form.kind,
             "block": "channel" if matrix.form.whole_rows else matrix.form.block_size,
+            "stored_block": matrix.form.block_size,
             "algorithm": matrix.algorithm,
         }
         for name, matrix in plan.matrices.items()

@@ -26,9 +26,12 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightRule(_Table, frozen=True):
-    """matrices: a pattern over their names, or several. format: what their numbers become. block: input channels a scale, or "channel" for one
-    scale an output channel. algorithm: round-to-nearest needs no text; search finds each block's best scale by the channels' mean
-    squares; gptq (arXiv 2210.17323) searches too and then lets later columns make up for earlier errors."""
+    """One rule for matrices.
+
+    matrices: a pattern over their names, or several. format: what their numbers become. block: input channels a scale, or "channel"
+    for one scale an output channel. algorithm: round-to-nearest needs no text; search finds each block's best scale by the
+    channels' mean squares; gptq (arXiv 2210.17323) searches too and then lets later columns make up for earlier errors.
+    """
 
     matrices: Patterns
     format: Literal["int4", "int8", "fp8", "float32"]
@@ -37,8 +40,10 @@ class WeightRule(_Table, frozen=True):
 
 
 class Smoothing(_Table, frozen=True):
-    """Factors moved between a layer and what produces its input. method: awq (arXiv 2306.00978) or smoothquant (arXiv 2211.10438).
-    strength: smoothquant's, of activations against weights."""
+    """Factors moved between a layer and what produces its input.
+
+    method: awq (arXiv 2306.00978) or smoothquant (arXiv 2211.10438). strength: smoothquant's, of activations against weights.
+    """
 
     method: Literal["awq", "smoothquant"]
     matrices: Patterns = "*"
@@ -46,8 +51,12 @@ class Smoothing(_Table, frozen=True):
 
 
 class Activations(_Table, frozen=True):
-    """Inputs of products. type: what they are rounded to. scale: "block", found for every block of every token as it runs; "tensor",
-    one from calibration; "loop", one a loop from calibration. method: how calibration chooses it from a histogram."""
+    """Inputs of products.
+
+    type: what they are rounded to; a matrix of another kind of numbers (float8, integers) keeps its inputs as they are. scale:
+    "block", found for every block of every token as it runs; "tensor", one from calibration; "loop", one a loop from calibration.
+    method: how calibration chooses it from a histogram.
+    """
 
     type: Literal["float32", "int8", "fp8"] = "int8"
     scale: Literal["block", "tensor", "loop"] = "block"
@@ -56,15 +65,18 @@ class Activations(_Table, frozen=True):
 
 
 class KvCache(_Table, frozen=True):
-    """The cache's rows. scale: "row", the row's largest magnitude; "channel", one a channel from calibration, folded into weights."""
+    """The cache's rows. scale: "row", by its largest magnitude; "channel", one a channel from calibration, folded into weights."""
 
     type: Literal["int8"] = "int8"
     scale: Literal["row", "channel"] = "row"
 
 
 class Calibration(_Table, frozen=True):
-    """How statistics are gathered and used. loops: how those of the loops become one: sum; contribution, the sum with every token
-    weighed by how much of its result is still open; max; last; first. every_token: every expert sees every token, routing as it is."""
+    """How statistics are gathered and used.
+
+    loops: how those of the loops become one: sum; contribution, the sum with every token weighed by how much of its result is still
+    open; max, the loop with the largest inputs; last; first. every_token: every expert sees every token, routing as it is.
+    """
 
     loops: LoopMerge = "sum"
     every_token: bool = False
@@ -154,7 +166,7 @@ def combine(recipes: Sequence[Recipe]) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, block: int | None, activation_bits: int | None) -> Recipe:
-    """The recipe with every block size, or the rounding of activations, replaced. Raises InputError for values there are none of."""
+    """The recipe with every block size, or the rounding of activations, replaced. Raises InputError for values that are none."""
     if block is not None:
         if block not in BLOCK_SIZES:
             raise InputError(f"block is {block}; expected one of {', '.join(map(str, BLOCK_SIZES))}")

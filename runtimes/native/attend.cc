@@ -39,6 +39,13 @@ uint16_t BFloat16Of(float x) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// Levels of a fixed scale, ties to even; what lies beyond 127 levels is cut off (a NaN too, to be something defined).
+void Levels(const float* row, size_t n, float scale, int8_t* to) {
+  const float inverse = 1.0f / scale;
+  for (size_t i = 0; i < n; ++i)
+    to[i] = static_cast<int8_t>(std::nearbyint(std::min(127.0f, std::max(-127.0f, row[i] * inverse))));
+}
+
 }  // namespace
 
 void NewRows::Store(size_t t, float* row, size_t width, const Kernels& k) const {
@@ -49,7 +56,10 @@ void NewRows::Store(size_t t, float* row, size_t width, const Kernels& k) const 
   char* to = static_cast<char*>(data) + t * width * SizeOf(type);
   float scale = 1.0f;
   if (type == CacheType::kInt8) {
-    k.quantize(row, width, width, reinterpret_cast<int8_t*>(to), &scale);
+    if (row_scale > 0.0f)
+      Levels(row, width, scale = row_scale, reinterpret_cast<int8_t*>(to));
+    else
+      k.quantize(row, width, width, reinterpret_cast<int8_t*>(to), &scale);
     scales[t] = scale;
   } else {
     for (size_t i = 0; i < width; ++i)
@@ -65,29 +75,106 @@ void Start(SoftmaxRow* state, float* acc, size_t m, size_t value_dim) {
 
 namespace {
 
-// One block of rows of one group as floats: where they lie, or widened into a buffer.
+// One group's part of a step's rows, as they are stored. scales: of int8 rows.
 struct Block {
-  const float *keys, *values;
-  size_t stride;
+  const char *keys, *values;
+  size_t row_bytes;
+  const float* scales;
+
+  Block(const Rows& rows, size_t group, size_t first)
+      : keys(rows.row(first) + (rows.keys_at + group * rows.step) * SizeOf(rows.type)),
+        values(rows.row(first) + (rows.values_at + group * rows.step) * SizeOf(rows.type)),
+        row_bytes(rows.width * SizeOf(rows.type)),
+        scales(rows.type == CacheType::kInt8 ? rows.scales + first : nullptr) {}
 };
 
-Block Widened(const Queries& q, const Rows& rows, size_t group, size_t first, size_t n, float* buffer, const Kernels& k) {
-  const size_t keys_at = rows.keys_at + group * rows.step, values_at = rows.values_at + group * rows.step;
-  if (rows.type == CacheType::kFloat32) {
-    const float* from = reinterpret_cast<const float*>(rows.row(first));
-    return {from + keys_at, from + values_at, rows.width};
+// Products with the rows of a step as floats: where they lie, or widened into a buffer.
+class FloatProducts {
+ public:
+  FloatProducts(const Queries& q, const Rows& rows, const Kernels& k)
+      : q_(q), rows_(rows), k_(k), buffer_(rows.type == CacheType::kFloat32 ? 0 : kRowBlock * (q.key_dim + q.value_dim)) {}
+
+  // The next products are with n rows from `first` on, for one group.
+  void Open(size_t group, size_t first, size_t n) {
+    queries_ = q_.values + group * q_.m * q_.key_dim;
+    acc_ = q_.acc + group * q_.m * q_.value_dim;
+    const Block block(rows_, group, first);
+    if (rows_.type != CacheType::kFloat32) return Widen(block, n);
+    keys_ = reinterpret_cast<const float*>(block.keys), values_ = reinterpret_cast<const float*>(block.values);
+    stride_ = rows_.width;
   }
-  const size_t size = SizeOf(rows.type);
-  const bool inside = values_at == keys_at;  // the values are the keys' first channels
-  const size_t stride = inside ? q.key_dim : q.key_dim + q.value_dim;
-  for (size_t r = 0; r < n; ++r) {
-    const char* row = rows.row(first + r);
-    const float scale = rows.scales == nullptr ? 1.0f : rows.scales[first + r];
-    k.widen(rows.type, row + keys_at * size, q.key_dim, scale, buffer + r * stride);
-    if (!inside) k.widen(rows.type, row + values_at * size, q.value_dim, scale, buffer + r * stride + q.key_dim);
+  // scores [m, kRowBlock] of n of them from r on.
+  void Score(size_t r, size_t n, float* scores) const {
+    k_.matmul_nt(queries_, q_.key_dim, q_.m, keys_ + r * stride_, stride_, n, q_.key_dim, scores + r, kRowBlock);
   }
-  return {buffer, inside ? buffer : buffer + q.key_dim, stride};
-}
+  // Takes the weights [m, kRowBlock] of all n, for Accumulate.
+  void SetWeights(const float* weights, size_t) { weights_ = weights; }
+  void Accumulate(size_t r, size_t n) const {
+    k_.matmul_nn(weights_ + r, kRowBlock, q_.m, values_ + r * stride_, stride_, n, q_.value_dim, acc_, q_.value_dim);
+  }
+
+ private:
+  void Widen(const Block& block, size_t n) {
+    const bool inside = block.keys == block.values;  // the values are the keys' first channels
+    float* buffer = buffer_.get();
+    stride_ = inside ? q_.key_dim : q_.key_dim + q_.value_dim;
+    keys_ = buffer, values_ = inside ? buffer : buffer + q_.key_dim;
+    for (size_t r = 0; r < n; ++r) {
+      const float scale = block.scales == nullptr ? 1.0f : block.scales[r];
+      k_.widen(rows_.type, block.keys + r * block.row_bytes, q_.key_dim, scale, buffer + r * stride_);
+      if (inside) continue;
+      k_.widen(rows_.type, block.values + r * block.row_bytes, q_.value_dim, scale, buffer + r * stride_ + q_.key_dim);
+    }
+  }
+
+  const Queries& q_;
+  const Rows& rows_;
+  const Kernels& k_;
+  Scratch buffer_;
+  size_t stride_ = 0;
+  const float *queries_ = nullptr, *keys_ = nullptr, *values_ = nullptr, *weights_ = nullptr;
+  float* acc_ = nullptr;
+};
+
+// The same with the rows as they are stored.
+class NarrowProducts {
+ public:
+  NarrowProducts(const Queries& q, const Rows& rows, const NarrowKernels& k)
+      : q_(q), rows_(rows), k_(k), query_size_(k.parts * PaddedToNarrow(q.key_dim)),
+        queries_(q.groups * q.m * query_size_ / 2), weights_(q.m * kRowBlock / 2), factors_(q.groups * q.m + q.m),
+        block_(rows, 0, 0) {
+    for (size_t i = 0; i < q.groups * q.m; ++i)
+      factors_.get()[i] = k.round_query(q.values + i * q.key_dim, q.key_dim, Query(i));
+  }
+
+  void Open(size_t group, size_t first, size_t) { group_ = group, block_ = Block(rows_, group, first); }
+  void Score(size_t r, size_t n, float* scores) const {
+    const size_t query = group_ * q_.m;
+    k_.matmul_nt(Query(query), factors_.get() + query, q_.m, block_.keys + r * block_.row_bytes,
+                 block_.scales == nullptr ? nullptr : block_.scales + r, rows_.width, n, q_.key_dim, scores + r, kRowBlock);
+  }
+  void SetWeights(const float* weights, size_t n) {
+    for (size_t i = 0; i < q_.m; ++i)
+      WeightFactors()[i] = k_.round_weights(weights + i * kRowBlock, block_.scales, n, Weights() + i * kRowBlock);
+  }
+  void Accumulate(size_t r, size_t n) const {
+    k_.matmul_nn(Weights() + r, kRowBlock, WeightFactors(), q_.m, block_.values + r * block_.row_bytes, rows_.width, n,
+                 q_.value_dim, q_.acc + group_ * q_.m * q_.value_dim, q_.value_dim);
+  }
+
+ private:
+  uint16_t* Query(size_t i) const { return reinterpret_cast<uint16_t*>(queries_.get()) + i * query_size_; }
+  uint16_t* Weights() const { return reinterpret_cast<uint16_t*>(weights_.get()); }
+  float* WeightFactors() const { return factors_.get() + q_.groups * q_.m; }
+
+  const Queries& q_;
+  const Rows& rows_;
+  const NarrowKernels& k_;
+  const size_t query_size_;
+  Scratch queries_, weights_, factors_;
+  Block block_;
+  size_t group_ = 0;
+};
 
 // Rows a step: with several groups, few enough that what one group leaves of a row is still in the cache for the next.
 size_t RowsAStep(const Queries& q, const Rows& rows) {
@@ -127,34 +214,38 @@ void Weigh(const Queries& q, size_t group, size_t start, size_t n, float* scores
   }
 }
 
-}  // namespace
-
-void Attend(const Queries& q, const Rows& rows, const Kernels& k) {
-  constexpr size_t kPiece = 4;  // rows between two requests for later ones
+template <typename Products>
+void AttendWith(const Queries& q, const Rows& rows, Products products, const Kernels& k) {
   const size_t end = std::min(rows.count, *std::max_element(q.to, q.to + q.m)), step = RowsAStep(q, rows);
-  const bool widen = rows.type != CacheType::kFloat32;
-  Scratch scratch(q.m * kRowBlock + (widen ? kRowBlock * (q.key_dim + q.value_dim) : 0));
+  const size_t most = q.groups == 1 ? kRowBlock : 16 / SizeOf(rows.type);  // rows between two requests for later ones
+  const Scratch scratch(q.m * kRowBlock);
   float* scores = scratch.get();
   for (size_t start = *std::min_element(q.from, q.from + q.m) / step * step; start < end; start += step) {
-    const size_t n = std::min(step, end - start), next = start + n, piece = q.groups == 1 ? n : kPiece;
+    const size_t n = std::min(step, end - start), next = start + n, piece = std::min(n, most);
     Ahead ahead(rows, next, q.groups == 1 ? 0 : std::min(step, end - next), q.groups * 2 * CeilDiv(n, piece));
     for (size_t group = 0; group < q.groups; ++group) {
-      const Block block = Widened(q, rows, group, start, n, scores + q.m * kRowBlock, k);
-      const float* queries = q.values + group * q.m * q.key_dim;
+      products.Open(group, start, n);
       for (size_t r = 0; r < n; r += piece) {
         ahead.Ask();
-        k.matmul_nt(queries, q.key_dim, q.m, block.keys + r * block.stride, block.stride, std::min(piece, n - r), q.key_dim,
-                    scores + r, kRowBlock);
+        products.Score(r, std::min(piece, n - r), scores);
       }
       Weigh(q, group, start, n, scores, k);
-      float* acc = q.acc + group * q.m * q.value_dim;
+      products.SetWeights(scores, n);
       for (size_t r = 0; r < n; r += piece) {
         ahead.Ask();
-        k.matmul_nn(scores + r, kRowBlock, q.m, block.values + r * block.stride, block.stride, std::min(piece, n - r), q.value_dim,
-                    acc, q.value_dim);
+        products.Accumulate(r, std::min(piece, n - r));
       }
     }
   }
+}
+
+}  // namespace
+
+void Attend(const Queries& q, const Rows& rows, const Kernels& k) {
+  if (rows.count == 0) return;
+  const NarrowKernels* narrow = k.narrow(rows.type);
+  if (narrow != nullptr && q.key_dim <= narrow->most_k) return AttendWith(q, rows, NarrowProducts(q, rows, *narrow), k);
+  AttendWith(q, rows, FloatProducts(q, rows, k), k);
 }
 
 Cut::Cut(size_t seq, size_t n_heads)

@@ -45,7 +45,8 @@ struct Cache {
 struct NewRows {
   CacheType type;
   void* data;
-  float* scales;  // int8 only
+  float* scales;    // int8 only
+  float row_scale;  // int8 only: of every row, larger numbers cut off; 0 for each row's own, its largest magnitude / 127
   // Stores row t and leaves in `row` what a reader of the cache will see.
   void Store(size_t t, float* row, size_t width, const Kernels& k) const;
 };

@@ -7,9 +7,11 @@
 #include "hwy/contrib/math/math-inl.h"
 
 // Highway silently takes the best target that all compiler flags allow; a table must be what its name says.
+#define MYTHOS_TARGET_avx512_bf16 HWY_AVX3_ZEN4
 #define MYTHOS_TARGET_avx512_vnni HWY_AVX3_DL
 #define MYTHOS_TARGET_avx512 HWY_AVX3
 #define MYTHOS_TARGET_avx2 HWY_AVX2
+#define MYTHOS_TARGET_neon_i8mm HWY_NEON_WITHOUT_AES
 #define MYTHOS_TARGET_neon_dotprod HWY_NEON_WITHOUT_AES
 #define MYTHOS_TARGET_neon HWY_NEON_WITHOUT_AES
 #define MYTHOS_TARGET_OF_(name) MYTHOS_TARGET_##name
@@ -267,6 +269,8 @@ void MatMulPanel(const float* a, size_t row_stride, size_t k_stride, size_t rows
 }
 
 #include "kernels_quantized-inl.h"
+#include "kernels_panels-inl.h"
+#include "kernels_narrow-inl.h"
 
 }  // namespace
 }  // namespace HWY_NAMESPACE
@@ -284,9 +288,11 @@ const Kernels MYTHOS_KERNELS = {
     HWY_NAMESPACE::PackRow,
     HWY_NAMESPACE::MatMulQuantized,
     HWY_NAMESPACE::MatMulQuantizedPanels,
+    HWY_NAMESPACE::kPanelChannels,
     HWY_NAMESPACE::IsBiased,
     HWY_NAMESPACE::Dequantize,
     HWY_NAMESPACE::Widen,
+    HWY_NAMESPACE::Narrow,
     HWY_NAMESPACE::SwigluRow,
     HWY_NAMESPACE::OnlineSoftmax,
     HWY_NAMESPACE::Scale,

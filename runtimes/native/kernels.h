@@ -36,8 +36,8 @@ struct QuantizedRows {
 };
 
 // Tokens quantized block by block, in the order in which the kernels of the same table read them.
-// In rows, for int4 weights: channels 0, 2, 4 … then 1, 3, 5 …. In panels: four channels of each of sixteen tokens at a time
-// (for int4: of every eight channels the even four, then the odd four).
+// In rows, for int4 weights: channels 0, 2, 4 … then 1, 3, 5 …. In panels: four or eight channels (see panel_channels) of each of
+// sixteen tokens at a time (for int4: of every eight channels the even four, then the odd four).
 // Where weights are read as unsigned bytes, `offsets` hold what that adds to the sums, negated.
 struct QuantizedTokens {
   int8_t* values;
@@ -50,6 +50,24 @@ struct QuantizedTokens {
   size_t blocks() const { return (k + block - 1) / block; }
   size_t padded_blocks() const { return (blocks() + 15) / 16 * 16; }
   size_t padded_offsets() const { return padded_k() / (bits == 4 ? 8 : 4); }
+};
+
+// Products with cached rows of one type as they are stored: with 16-bit numbers, to which queries and weights of rows are rounded
+// first, padded with zeros to whole vectors of the widest instruction set.
+constexpr size_t PaddedToNarrow(size_t n) { return (n + 31) / 32 * 32; }
+struct NarrowKernels {
+  size_t parts;   // 16-bit numbers whose sum stands for one number of a query
+  size_t most_k;  // longest dot product that cannot overflow a sum
+  // out [parts][padded n] = x[n] rounded. Returns what the rounded numbers are to be multiplied with.
+  float (*round_query)(const float* x, size_t n, void* out);
+  // out [padded n] = x[n] * scales[n] (null for no scales) rounded. Returns the same.
+  float (*round_weights)(const float* x, const float* scales, size_t n, void* out);
+  // y[m][n] = factors[m] * scales[n] (null for neither) * sum over k of x[m][k] * w[n][k], for queries x [m][parts][padded k].
+  void (*matmul_nt)(const void* x, const float* factors, size_t m, const void* w, const float* scales, size_t ldw, size_t n,
+                    size_t k, float* y, size_t ldy);
+  // y[m][n] += factors[m] * sum over k of x[m][k] * w[k][n], for weights x. Where k is odd, x[m][k] is 0.
+  void (*matmul_nn)(const void* x, size_t ldx, const float* factors, size_t m, const void* w, size_t ldw, size_t k, size_t n,
+                    float* y, size_t ldy);
 };
 
 struct Kernels {
@@ -74,12 +92,15 @@ struct Kernels {
   // y[panel][n][kPanel] = the same for panels; row_scales: scratch of n * blocks floats.
   void (*matmul_quantized_panels)(const QuantizedTokens& x, size_t panels, const QuantizedRows& w, size_t first, size_t n,
                                   float* row_scales, float* y);
+  size_t panel_channels;  // neighbouring channels of a token in a panel: 4, or 8 where processors multiply 2 x 8 with 8 x 2 numbers
   // Whether weights of so many bits are read as unsigned bytes, and offsets are wanted.
   bool (*biased)(int bits);
   // out[k] = the weights of one row, as floats.
   void (*dequantize)(const QuantizedRows& w, size_t row, float* out);
   // out[n] = scale * from[n], of any cache type but float32; scale is 1 for all but int8.
   void (*widen)(CacheType type, const void* from, size_t n, float scale, float* out);
+  // What multiplies rows of that type as they are stored; null where they are to be widened first.
+  const NarrowKernels* (*narrow)(CacheType type);
   // out[i] = silu(gate[i]) * up[i].
   void (*swiglu)(const float* gate, const float* up, size_t n, float* out);
   // Turns scores[n] into exp(score - new max) in place, updates the row, and returns exp(old max - new max).

@@ -1,4 +1,4 @@
-// Products with block-quantized weights: part of kernels.cc, compiled once per instruction set.
+// Products of few tokens with block-quantized weights, and quantizing: part of kernels.cc, compiled once per instruction set.
 // A chunk is one vector of weight bytes: 4 weights an int32 lane (int8) or 8 (int4). A group is the chunks that one vector of
 // block scales serves. Every lane is scaled by its own block's scale, so blocks need not be as long as vectors.
 
@@ -211,119 +211,32 @@ void MatMulQuantized(const QuantizedTokens& x, size_t m, const QuantizedRows& w,
   return (four ? MatMulQuantizedOf<4, 128> : MatMulQuantizedOf<8, 128>)(x, m, w, first, n, y, ldy);
 }
 
-// Four weight bytes of one row for all lanes; past the row's end they are 0.
-HWY_INLINE VU8 BroadcastBytes(const uint8_t* from, size_t count) {
-  uint32_t word = 0;
-  if (count >= 4) {
-    hwy::CopyBytes<4>(from, &word);
-  } else {
-    for (size_t i = 0; i < count; ++i) word |= static_cast<uint32_t>(from[i]) << (8 * i);
-  }
-  return hn::BitCast(du8, hn::Set(du32, word));
-}
+// Floats from `from` on; past `count` they are 0.
+HWY_INLINE V LoadUpTo(const float* from, size_t count) { return count >= kLanes ? hn::LoadU(d, from) : hn::LoadN(d, from, count); }
 
-constexpr size_t kVectorsAPanel = kPanel / kLanes;
-
-// R rows by T vectors of tokens, `vector` the first of them; row_scales [R][blocks].
-template <int kBits, size_t R, size_t T>
-HWY_INLINE void PanelTile(const QuantizedTokens& x, size_t vector, const QuantizedRows& w, size_t row, const float* row_scales,
-                          size_t n, size_t out_row, float* HWY_RESTRICT y) {
-  const size_t blocks = w.blocks(), bytes = w.row_bytes(), block_bytes = w.block * kBits / 8;
-  const size_t panel_values = x.padded_k() * kPanel;
-  const int8_t* values[T];
-  size_t aside[T];  // of scales and offsets: [panel][block][kPanel]
-  V acc[R][T];
-  for (size_t t = 0; t < T; ++t) {
-    const size_t panel = (vector + t) / kVectorsAPanel, lane = (vector + t) % kVectorsAPanel * kLanes;
-    values[t] = x.values + panel * panel_values + 4 * lane;
-    aside[t] = panel * blocks * kPanel + lane;
-    for (size_t r = 0; r < R; ++r) acc[r][t] = hn::Zero(d);
-  }
-  for (size_t b = 0; b < blocks; ++b) {
-    VI32 sum[R][T];
-    for (size_t t = 0; t < T; ++t) {
-      const VI32 start = Biased(kBits) ? hn::LoadU(di32, x.offsets + aside[t] + b * kPanel) : hn::Zero(di32);
-      for (size_t r = 0; r < R; ++r) sum[r][t] = start;
-    }
-    const size_t end = HWY_MIN(bytes, (b + 1) * block_bytes);
-    for (size_t at = b * block_bytes; at < end; at += 4) {
-      VU8 first[R], second[R];
-      for (size_t r = 0; r < R; ++r) Unpack<kBits>(BroadcastBytes(w.row(row + r) + at, end - at), first[r], second[r]);
-      const size_t quad = at / 4 * (kBits == 4 ? 2 : 1) * 4 * kPanel;
-      for (size_t t = 0; t < T; ++t) {
-        const VI8 xs = hn::LoadU(di8, values[t] + quad);
-        for (size_t r = 0; r < R; ++r) sum[r][t] = Dot<kBits>(sum[r][t], first[r], xs);
-        if constexpr (kBits == 4) {
-          const VI8 odd = hn::LoadU(di8, values[t] + quad + 4 * kPanel);
-          for (size_t r = 0; r < R; ++r) sum[r][t] = Dot<kBits>(sum[r][t], second[r], odd);
-        }
-      }
-    }
-    for (size_t t = 0; t < T; ++t) {
-      const V of_tokens = hn::LoadU(d, x.scales + aside[t] + b * kPanel);
-      for (size_t r = 0; r < R; ++r)
-        acc[r][t] = hn::MulAdd(hn::ConvertTo(d, sum[r][t]), hn::Mul(of_tokens, hn::Set(d, row_scales[r * blocks + b])), acc[r][t]);
-    }
-  }
-  for (size_t t = 0; t < T; ++t) {
-    const size_t panel = (vector + t) / kVectorsAPanel, lane = (vector + t) % kVectorsAPanel * kLanes;
-    for (size_t r = 0; r < R; ++r) hn::StoreU(acc[r][t], d, y + (panel * n + out_row + r) * kPanel + lane);
-  }
-}
-
-template <int kBits, size_t T>
-HWY_INLINE void PanelTiles(const QuantizedTokens& x, size_t vector, const QuantizedRows& w, size_t first, const float* row_scales,
-                           size_t n, float* y) {
-  constexpr size_t kRows = HWY_TARGET == HWY_AVX2 ? 1 : 2;
-  const size_t blocks = w.blocks();
-  size_t r = 0;
-  for (; r + kRows <= n; r += kRows)
-    PanelTile<kBits, kRows, T>(x, vector, w, first + r, row_scales + r * blocks, n, r, y);
-  for (; r < n; ++r) PanelTile<kBits, 1, T>(x, vector, w, first + r, row_scales + r * blocks, n, r, y);
-}
-
-template <int kBits>
-void MatMulQuantizedPanelsOf(const QuantizedTokens& x, size_t panels, const QuantizedRows& w, size_t first, size_t n,
-                             const float* row_scales, float* y) {
-  const size_t vectors = panels * kVectorsAPanel;
-  size_t v = 0;
-  for (; v + 4 <= vectors; v += 4) PanelTiles<kBits, 4>(x, v, w, first, row_scales, n, y);
-  for (; v + 2 <= vectors; v += 2) PanelTiles<kBits, 2>(x, v, w, first, row_scales, n, y);
-  for (; v < vectors; ++v) PanelTiles<kBits, 1>(x, v, w, first, row_scales, n, y);
-}
-
-void MatMulQuantizedPanels(const QuantizedTokens& x, size_t panels, const QuantizedRows& w, size_t first, size_t n,
-                           float* row_scales, float* y) {
-  const size_t blocks = w.blocks();
-  for (size_t r = 0; r < n; ++r)
-    for (size_t b = 0; b < blocks; b += kLanes) {
-      const V scales = LoadScales(w.row_scales(first + r), w.half_scales, b, blocks - b);
-      if (b + kLanes <= blocks) {
-        hn::StoreU(scales, d, row_scales + r * blocks + b);
-      } else {
-        hn::StoreN(scales, d, row_scales + r * blocks + b, blocks - b);
-      }
-    }
-  (w.bits == 4 ? MatMulQuantizedPanelsOf<4> : MatMulQuantizedPanelsOf<8>)(x, panels, w, first, n, row_scales, y);
+// The largest magnitude of n numbers, load(at) those from `at` on and zeros behind them: by the bits, which order as the numbers do,
+// infinity and NaN above all.
+template <typename Load>
+HWY_INLINE float Largest(size_t n, const Load& load) {
+  VI32 top = hn::Zero(di32);
+  for (size_t at = 0; at < n; at += kLanes) top = hn::Max(top, hn::BitCast(di32, hn::Abs(load(at))));
+  const int32_t bits = hn::ReduceMax(di32, top);
+  float largest;
+  hwy::CopyBytes<4>(&bits, &largest);
+  return largest;
 }
 
 void Quantize(const float* x, size_t k, size_t block, int8_t* q, float* scales) {
   for (size_t b = 0; b * block < k; ++b) {
     const float* from = x + b * block;
     const size_t n = HWY_MIN(block, k - b * block);
-    // The largest magnitude by its bits, which order as the numbers do, infinity and NaN above all.
-    VI32 top = hn::Zero(di32);
-    size_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) top = hn::Max(top, hn::BitCast(di32, hn::Abs(hn::LoadU(d, from + i))));
-    if (i < n) top = hn::Max(top, hn::BitCast(di32, hn::Abs(hn::LoadN(d, from + i, n - i))));
-    const int32_t bits = hn::ReduceMax(di32, top);
-    float largest;
-    hwy::CopyBytes<4>(&bits, &largest);
+    const float largest = Largest(n, [&](size_t at) HWY_ATTR { return LoadUpTo(from + at, n - at); });
     scales[b] = largest / 127.0f;
     const V inverse = hn::Set(d, largest > 1e-30f ? 127.0f / largest : 0.0f);
     const hn::Rebind<int8_t, D> narrow;
     int8_t* to = q + b * block;
-    for (i = 0; i + kLanes <= n; i += kLanes)
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
       hn::StoreU(hn::DemoteTo(narrow, hn::NearestInt(hn::Mul(hn::LoadU(d, from + i), inverse))), narrow, to + i);
     if (i < n)
       hn::StoreN(hn::DemoteTo(narrow, hn::NearestInt(hn::Mul(hn::LoadN(d, from + i, n - i), inverse))), narrow, to + i, n - i);

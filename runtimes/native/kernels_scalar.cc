@@ -141,6 +141,8 @@ void Widen(CacheType type, const void* from, size_t n, float scale, float* out) 
   }
 }
 
+const NarrowKernels* Narrow(CacheType) { return nullptr; }
+
 void Swiglu(const float* gate, const float* up, size_t n, float* out) {
   for (size_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
@@ -173,8 +175,8 @@ void RmsNorm(const float* x, const float* weight, size_t n, float epsilon, float
 
 extern const Kernels scalar;
 const Kernels scalar = {
-    "scalar",   MatMulNT,      MatMulNN,  MatMulPanel,   Quantize, QuantizeStatic, PackRow, MatMulQuantized, MatMulQuantizedPanels,
-    Biased, Dequantize, Widen, Swiglu,        OnlineSoftmax, Scale,     Axpy,     RmsNorm,
+    "scalar", MatMulNT,   MatMulNN, MatMulPanel, Quantize, QuantizeStatic, PackRow, MatMulQuantized, MatMulQuantizedPanels, 4,
+    Biased,   Dequantize, Widen,    Narrow,      Swiglu,   OnlineSoftmax,  Scale,   Axpy,            RmsNorm,
 };
 
 }  // namespace mythos

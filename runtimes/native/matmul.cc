@@ -50,13 +50,13 @@ void Activations::PutQuantizedRow(size_t token, const int8_t* q, const float* sc
 
 void Activations::PutQuantizedLane(size_t group, size_t lane, const int8_t* q, const float* scales) {
   const bool four = tokens_.bits == 4;
-  const size_t blocks = tokens_.blocks();
-  int8_t* values = tokens_.values + group * tokens_.padded_k() * kPanel + lane * 4;
+  const size_t blocks = tokens_.blocks(), channels = kernels_.panel_channels, second = channels == 8 ? 4 : 4 * kPanel;
+  int8_t* values = tokens_.values + group * tokens_.padded_k() * kPanel + lane * channels;
   for (size_t at = 0; at < tokens_.padded_k(); at += 8) {
     int8_t* quad = values + at * kPanel;
     for (size_t i = 0; i < 4; ++i) {
       quad[i] = q[at + (four ? 2 * i : i)];
-      quad[4 * kPanel + i] = q[at + (four ? 2 * i + 1 : 4 + i)];
+      quad[second + i] = q[at + (four ? 2 * i + 1 : 4 + i)];
     }
   }
   const int32_t bias = kernels_.biased(tokens_.bits) ? (four ? 8 : 128) : 0;

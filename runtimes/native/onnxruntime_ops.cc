@@ -1,4 +1,5 @@
 // The operators as onnxruntime custom operators of the domain ai.mythos: shapes in, plain memory to the algorithms.
+#include <cmath>
 #include <deque>
 #include <memory>
 #include <vector>
@@ -109,6 +110,14 @@ CacheType CacheTypeOf(const Input& past_kv) {
   }
 }
 
+// The attribute of the forms for int8 caches, which have a third output, new_scale; 0 for the others.
+float RowScale(const OrtKernelInfo* info) {
+  if (Ort::ConstKernelInfo(info).GetOutputCount() < 3) return 0.0f;
+  const float row_scale = Attribute<float>(info, "row_scale");
+  Require(row_scale >= 0.0f && std::isfinite(row_scale), "row_scale is negative or not finite");
+  return row_scale;
+}
+
 // past_kv [slots, B, C, W], past_len [B] and slot [], with past_scale [slots, B, C] after past_kv where that is int8.
 struct CacheInputs {
   Input past_kv;
@@ -134,18 +143,20 @@ struct CacheInputs {
   }
 
   // The outputs for the new rows, at `index` and, for int8, at the one after it.
-  NewRows Rows(OrtKernelContext* context, size_t index, const Input& x) const {
+  NewRows Rows(OrtKernelContext* context, size_t index, const Input& x, float row_scale) const {
     const int64_t shape[] = {x.shape()[0], x.shape()[1], static_cast<int64_t>(width)};
     float* scales = slot_rows.type == CacheType::kInt8 ? Output<float>(context, index + 1, shape, 2) : nullptr;
-    return {slot_rows.type, Ort::KernelContext(context).GetOutput(index, shape, 3).GetTensorMutableRawData(), scales};
+    return {slot_rows.type, Ort::KernelContext(context).GetOutput(index, shape, 3).GetTensorMutableRawData(), scales,
+            row_scale};
   }
 };
 
 struct LatentAttentionKernel {
   WeightForm form;
-  float scale, epsilon;
+  float scale, epsilon, row_scale;
   LatentAttentionKernel(const OrtKernelInfo* info, bool quantized)
-      : form(info, quantized), scale(Attribute<float>(info, "scale")), epsilon(Attribute<float>(info, "epsilon")) {}
+      : form(info, quantized), scale(Attribute<float>(info, "scale")), epsilon(Attribute<float>(info, "epsilon")),
+        row_scale(RowScale(info)) {}
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
@@ -166,19 +177,20 @@ struct LatentAttentionKernel {
     a.q = q.floats(), a.kv = kv.floats(), a.kv_norm = kv_norm.floats(), a.cos = cos.floats(), a.sin = sin.floats();
     a.past = cache.slot_rows, a.past_len = cache.past_len;
     a.y = OutputLike(context, 0, q, a.n_heads * a.v_head_dim);
-    a.new_kv = cache.Rows(context, 1, q);
+    a.new_kv = cache.Rows(context, 1, q, row_scale);
     if (a.batch * a.seq > 0) LatentAttention(a, CurrentKernels(), HostThreads(context));
   }
 };
 
 struct GroupedQueryAttentionKernel {
   int64_t n_heads, n_kv_heads, window;
-  float scale;
+  float scale, row_scale;
   GroupedQueryAttentionKernel(const OrtKernelInfo* info, bool)
       : n_heads(Attribute<int64_t>(info, "n_heads")),
         n_kv_heads(Attribute<int64_t>(info, "n_kv_heads")),
         window(Attribute<int64_t>(info, "window")),
-        scale(Attribute<float>(info, "scale")) {
+        scale(Attribute<float>(info, "scale")),
+        row_scale(RowScale(info)) {
     Require(n_heads > 0 && n_kv_heads > 0 && n_heads % n_kv_heads == 0 && window >= 0,
             "n_heads is no multiple of n_kv_heads, or window is negative");
   }
@@ -198,7 +210,7 @@ struct GroupedQueryAttentionKernel {
     a.qkv = qkv.floats(), a.cos = cos.floats(), a.sin = sin.floats();
     a.past = cache.slot_rows, a.past_len = cache.past_len;
     a.y = OutputLike(context, 0, qkv, a.n_heads * a.head_dim);
-    a.new_kv = cache.Rows(context, 1, qkv);
+    a.new_kv = cache.Rows(context, 1, qkv, row_scale);
     if (a.batch * a.seq > 0) GroupedQueryAttention(a, CurrentKernels(), HostThreads(context));
   }
 };
@@ -382,7 +394,7 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   return Ort::GetApi().AddCustomOpDomain(options, registry.domain);
 }
 
-// The instruction set in use: avx512_vnni, avx512, avx2, neon_dotprod, neon or scalar.
+// The instruction set in use: the name of its table (see dispatch.cc).
 __attribute__((visibility("default"))) const char* mythos_instruction_set() { return mythos::CurrentKernels().name; }
 
 // Uses another one in the whole process, for tests; 0 where this processor lacks it.

@@ -146,7 +146,7 @@ class RandomCache {
     new_bytes_.resize(tokens_ * width * mythos::SizeOf(type_));
     scales_ = Floats(rows);
     new_scales_.resize(tokens_);
-    mythos::NewRows all{type_, bytes_.data(), scales_.data()};
+    mythos::NewRows all{type_, bytes_.data(), scales_.data(), 0.0f};
     for (size_t r = 0; r < rows; ++r) {
       std::vector<float> row(numbers.begin() + r * width, numbers.begin() + (r + 1) * width);
       all.Store(r, row.data(), width, mythos::CurrentKernels());
@@ -160,7 +160,8 @@ class RandomCache {
     }
   }
   mythos::Cache past() const { return {type_, bytes_.data(), scales_.data()}; }
-  mythos::NewRows new_rows() { return {type_, new_bytes_.data(), new_scales_.data()}; }
+  // Each row with a scale of its own, or all with one that cuts some numbers off.
+  mythos::NewRows new_rows() { return {type_, new_bytes_.data(), new_scales_.data(), Between(0, 1) == 1 ? 0.005f : 0.0f}; }
   bool rounds() const { return type_ != mythos::CacheType::kFloat32; }
   std::vector<int64_t> lengths;
 
@@ -241,7 +242,7 @@ void StressRecurrent(const Tables& tables) {
 int main() {
   mythos::UseKernels("scalar");
   const mythos::Kernels& scalar = mythos::CurrentKernels();
-  for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni", "neon", "neon_dotprod"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm"}) {
     if (!mythos::UseKernels(name)) continue;
     const Tables tables{scalar, mythos::CurrentKernels()};
     for (int round = 0; round < 60; ++round) {

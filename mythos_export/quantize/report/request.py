@@ -11,6 +11,7 @@ from typing import Any
 from calibration.statistics import Statistics
 from mythos_export.divergence import Progress
 from mythos_export.quantize.bundle import QuantizableBundle, Text, calibrated_quantizer, check_text
+from mythos_export.quantize.calibrate import serves
 from mythos_export.quantize.compute import Quantizer
 from mythos_export.quantize.judge import Judge, Trial
 from mythos_export.quantize.plan import Plan, make_plan
@@ -79,8 +80,10 @@ class ReportRequest:
         if not (recipe.needs_statistics or recipe.needs_ranges) or self._text is None:
             return calibrated_quantizer(self.source, plan, None)
         calibration = self.source.calibration(plan, self._text, folder, progress=self._progress)
-        serves = next((statistics for statistics in known if calibration.is_served_by(statistics)), None)
-        return calibrated_quantizer(self.source, plan, calibration, serves)
+        fitting = next(
+            (found for found in known if serves(found, plan, self.source.weights, self.source.n_loops)), None
+        )
+        return calibrated_quantizer(self.source, plan, calibration, fitting)
 
 
 def check_report(path: str | Path) -> None:
