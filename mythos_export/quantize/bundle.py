@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from calibration.text import Sample, sample, unk_token_id
 from mythos_export import __version__
 from mythos_export.config import ModelConfig
 from mythos_export.export import GRAPH_FILE, WEIGHTS_FILE, Progress, attach_functions, bytes_of, pad_for, write_graph
-from mythos_export.quantize.calibrate import STATISTICS, Calibration, unfolded, wanted
+from mythos_export.quantize.calibrate import STATISTICS, Calibration, serves
 from mythos_export.quantize.compute import CACHE_LIMIT, Quantizer
 from mythos_export.quantize.graph import Rewriter, scales_name, values_name
 from mythos_export.quantize.plan import Plan, make_plan, matrix_table
@@ -83,6 +83,12 @@ class QuantizableBundle:
         length = min(text.length, self.config.max_seq_len)
         return sample(text.source, encode, self.config.vocab_size, text.n_sequences, length, text.seed, unk_id)
 
+    def n_bytes(self, plan: Plan | None = None) -> int:
+        """Size of the weights as a plan quantizes them (None: as they are), tables and all else included."""
+        planned = plan.matrices if plan else {}
+        rest = sum(tensor.nbytes for name, tensor in self.weights.items() if name not in planned)
+        return rest + sum(matrix.n_bytes for matrix in planned.values())
+
     def calibration(
         self,
         plan: Plan,
@@ -140,38 +146,41 @@ def quantize_bundle(
     statistics: Sequence[str | Path] = (),
     force: bool = False,
     progress: Progress | None = None,
+    then: Callable[[Quantizer], None] | None = None,
 ) -> Quantized:
     """Writes a quantized copy of a float32 bundle.
 
     recipe: a Recipe, or names as load_recipe takes them. text: what to calibrate with; needed by recipes that rest on statistics,
     unless `statistics` names the folders that `mythos-export calibrate` made. A run that was killed while calibrating goes on where
-    it stopped: its statistics stand beside the target until the bundle is written.
+    it stopped: its statistics stand beside the target until the bundle is written. then: called with the bundle's quantizer once it
+    is written, while the statistics are still there.
     Raises BundleError or InputError before anything is written.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     source = QuantizableBundle(bundle)
     plan = make_plan(recipe, source.config)
-    _check_text(recipe, text, statistics)
+    check_text(recipe, text, statistics)
     size = sum(entry.size for entry in source.manifest.files.values()) + _SMALL_FILES
     folder = Path(target).with_name(f".{Path(target).name}.calibration")
     with BundleWriter(target, force=force, needed_bytes=size) as writer:
         calibration = source.calibration(plan, text, folder, progress=progress) if text else None
-        found = _statistics(source, plan, calibration, statistics)
-        quantizer = Quantizer(plan, source.weights, found)
-        if recipe.needs_ranges and calibration is not None:
-            quantizer.set_ranges(calibration.ranges(quantizer.factors))
+        gathered = _statistics(source, plan, statistics) if statistics and recipe.needs_statistics else None
+        quantizer = calibrated_quantizer(source, plan, calibration, gathered)
         model = _graph(source, plan, quantizer)
         _write_weights(writer.create(WEIGHTS_FILE), model, source, quantizer, progress or (lambda *_: None))
         attach_functions(model)
         write_graph(writer.create(GRAPH_FILE), model)
         if source.manifest.tokenizer:
             writer.create(source.manifest.tokenizer).write((source.folder / source.manifest.tokenizer).read_bytes())
-        manifest = writer.commit(_manifest(source, plan, quantizer, calibration, found))
+        manifest = writer.commit(_manifest(source, plan, quantizer, calibration))
+    if then:
+        then(quantizer)
     shutil.rmtree(folder, ignore_errors=True)
-    return Quantized(manifest, quantizer, found)
+    return Quantized(manifest, quantizer, quantizer.statistics)
 
 
-def _check_text(recipe: Recipe, text: Text | None, statistics: Sequence[str | Path]) -> None:
+def check_text(recipe: Recipe, text: Text | None, statistics: Sequence[str | Path] = ()) -> None:
+    """Raises InputError where a recipe needs text that is not given."""
     if recipe.needs_ranges and text is None:
         raise InputError("the recipe has static activation scales, which come from text; pass --text")
     if recipe.needs_statistics and text is None and not statistics:
@@ -180,21 +189,24 @@ def _check_text(recipe: Recipe, text: Text | None, statistics: Sequence[str | Pa
         )
 
 
-def _statistics(
-    source: QuantizableBundle, plan: Plan, calibration: Calibration | None, folders: Sequence[str | Path]
-) -> Statistics | None:
-    if not plan.recipe.needs_statistics:
-        return None
-    if not folders:
-        return calibration.statistics() if calibration else None
+def calibrated_quantizer(
+    source: QuantizableBundle, plan: Plan, calibration: Calibration | None, statistics: Statistics | None = None
+) -> Quantizer:
+    """A quantizer with all that its recipe rests on. calibration: gathers what it needs and `statistics` does not hold yet."""
+    recipe = plan.recipe
+    if recipe.needs_statistics and statistics is None and calibration is not None:
+        statistics = calibration.statistics()
+    quantizer = Quantizer(plan, source.weights, statistics if recipe.needs_statistics else None)
+    if recipe.needs_ranges and calibration is not None:
+        quantizer.set_ranges(calibration.ranges(quantizer.factors))
+    return quantizer
+
+
+def _statistics(source: QuantizableBundle, plan: Plan, folders: Sequence[str | Path]) -> Statistics:
     found = Statistics([Path(folder) / STATISTICS for folder in folders])
     if found.subject is None or found.subject["weights"] != source.weights_sha256:
         raise InputError(f"{folders[0]}: was gathered of another bundle; run `mythos-export calibrate` on this one")
-    needed = wanted(plan, unfolded(plan, source.weights, source.n_loops), source.n_loops)
-    rule = msgspec.to_builtins(plan.recipe.calibration)
-    if found.subject["calibration"] != rule or any(
-        name not in found or (want.hessian and not found.has(name, "hessian")) for name, want in needed.items()
-    ):
+    if not serves(found, plan, source.weights, source.n_loops):
         raise InputError(
             f"{folders[0]}: was gathered for a recipe that needs less, or otherwise; calibrate with this recipe"
         )
@@ -228,7 +240,6 @@ def _manifest(
     plan: Plan,
     quantizer: Quantizer,
     calibration: Calibration | None,
-    statistics: Statistics | None,
 ) -> Manifest:
     formats = {matrix.form.kind for matrix in plan.matrices.values()} or {"float32"}
     uncalibrated = {name: outcome.uncalibrated for name, outcome in quantizer.outcomes.items() if outcome.uncalibrated}
@@ -236,7 +247,7 @@ def _manifest(
         "recipe": msgspec.to_builtins(plan.recipe),
         "matrices": matrix_table(plan),
         "text": None if calibration is None else calibration.sample.record,
-        "n_loops": source.n_loops if statistics else None,
+        "n_loops": source.n_loops if quantizer.statistics else None,
         "uncalibrated_experts": {name: {str(e): n for e, n in seen.items()} for name, seen in uncalibrated.items()},
     }
     main = max(formats, key=lambda kind: sum(m.n_bytes for m in plan.matrices.values() if m.form.kind == kind))

@@ -54,6 +54,16 @@ def wanted(plan: Plan, model: nn.Module, n_loops: int) -> dict[str, Wanted]:
     return apart if size <= MEMORY else needs
 
 
+def serves(found: Statistics, plan: Plan, weights: Mapping[str, Tensor], n_loops: int) -> bool:
+    """Whether statistics of these weights, over whatever text, hold all that a plan wants, gathered as its recipe says."""
+    subject = found.subject or {}
+    rule = msgspec.to_builtins(plan.recipe.calibration)
+    return subject.get("calibration") == rule and all(
+        name in found and (found.has(name, "hessian") or not want.hessian)
+        for name, want in wanted(plan, unfolded(plan, weights, n_loops), n_loops).items()
+    )
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Runs of one model over one sample. folder: where statistics are kept; a killed run goes on there. weights_sha256: of the file

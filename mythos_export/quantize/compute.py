@@ -25,6 +25,7 @@ from calibration.rounding import (
 )
 from calibration.smoothing import awq, smoothquant, weighted_error
 from calibration.statistics import Statistics
+from mythos_export.quantize.errors import ErrorOver, OutputError
 from mythos_export.quantize.folds import Factors, Fold, cache_folds, folds
 from mythos_export.quantize.plan import MatrixPlan, Plan, is_mixture
 
@@ -46,18 +47,21 @@ class Inputs(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What happened to a matrix. error: root of the squared error over that of the weights, both weighed by the inputs' mean
-    squares where there are statistics. uncalibrated: experts rounded to nearest because they saw too few tokens, with how many."""
+    """What happened to a matrix. error: relative, as OutputError counts it. over: what that rests on. uncalibrated: experts rounded
+    to nearest because they saw too few tokens, with how many."""
 
     error: float = 0.0
+    over: ErrorOver = "weights"
     uncalibrated: dict[int, int] = field(default_factory=dict)
 
 
 class Quantizer:
-    """weights: every tensor by name, float32. statistics: None where the recipe needs none."""
+    """weights: every tensor by name, float32. statistics: None where the recipe needs none. observed: what is known of the inputs
+    of products, and errors are counted over; the statistics, else the ranges, unless set."""
 
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor], statistics: Statistics | None) -> None:
-        self.plan, self._weights, self._statistics = plan, weights, statistics
+        self.plan, self._weights, self.statistics = plan, weights, statistics
+        self.observed = statistics
         self._ranges: Statistics | None = None
         self.factors = Factors({name: weight.shape for name, weight in weights.items()})
         self.outcomes: dict[str, Outcome] = {}
@@ -70,6 +74,7 @@ class Quantizer:
     def set_ranges(self, ranges: Statistics) -> None:
         """Histograms of the inputs, gathered with `factors`: what static scales are chosen from."""
         self._ranges = ranges
+        self.observed = self.observed or ranges
 
     @property
     def changed(self) -> set[str]:
@@ -77,24 +82,25 @@ class Quantizer:
         return (set(self.factors.rows) | set(self.factors.columns)) - set(self.plan.matrices)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that is not quantized, with its factors."""
+        """A tensor as it is before rounding, with its factors."""
         return self.factors.scaled(name, self._weights[name])
+
+    def folded(self) -> dict[str, Tensor]:
+        """Every tensor with its factors and nothing rounded: float32's results, by the weights that are rounded otherwise."""
+        return {**self._weights, **{name: self.tensor(name) for name in {*self.factors.rows, *self.factors.columns}}}
 
     def quantized(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """A matrix in pieces along its first dimension: values as they are stored (int4 unpacked) and scales."""
         matrix = self.plan.matrices[name]
         outcome = self.outcomes[name] = Outcome()
-        errors = [0.0, 0.0]
+        error = OutputError(self.observed, self.factors)
         for index, piece in self._pieces(matrix):
             weight = self.factors.scaled(name, self._weights[name][piece], piece)
             inputs = self._inputs(matrix, index, outcome)
             values, scales = _round(name, weight, matrix, inputs)
-            importance = inputs.square if inputs else torch.ones(weight.shape[-1])
-            restored = restore(values, matrix.form, scales)
-            errors[0] += weighted_error([(weight, restored)], importance)
-            errors[1] += weighted_error([(weight, torch.zeros_like(weight))], importance)
+            error.add(matrix, index, weight, restore(values, matrix.form, scales))
             yield (values, scales) if index is None else (values.unsqueeze(0), scales.unsqueeze(0))
-        outcome.error = (errors[0] / errors[1]) ** 0.5 if errors[1] else 0.0
+        outcome.error, outcome.over = error.relative, error.over
 
     def restored(self) -> dict[str, Tensor]:
         """Every tensor as the quantized model computes with it, float32; for models that fit into memory twice."""
@@ -114,27 +120,28 @@ class Quantizer:
 
     def _inputs(self, matrix: MatrixPlan, index: int | None, outcome: Outcome) -> Inputs | None:
         """Statistics of a matrix's inputs; None where none are needed or an expert saw too few tokens."""
-        if matrix.algorithm == "round-to-nearest" or self._statistics is None:
+        if matrix.algorithm == "round-to-nearest" or self.statistics is None:
             return None
         module = matrix.modules[index or 0]
         inputs = self._merged(module, matrix.algorithm == "gptq")
         if index is not None and is_mixture(matrix.name, matrix.shape):
-            seen, least = self._coverage(matrix, module, self._statistics)
+            seen, least = self.coverage(matrix, module, self.statistics)
             if seen < least or inputs.tokens == 0:
                 outcome.uncalibrated[index] = int(seen)
                 return None
         return self._rescaled(inputs, matrix.name, index)
 
-    def _coverage(self, matrix: MatrixPlan, module: str, statistics: Statistics) -> tuple[float, float]:
-        """Tokens an expert saw in all loops, and how many it needs."""
+    @staticmethod
+    def coverage(matrix: MatrixPlan, module: str, statistics: Statistics) -> tuple[float, float]:
+        """Tokens an expert saw in all loops, and how many it needs to be calibrated."""
         seen = statistics.moments(module, "tokens")["tokens"]
         passed = statistics.tokens[module] * (len(seen) if matrix.looped else 1)
         return float(seen.sum()), max(_LEAST_SHARE * passed, _LEAST_TOKENS * matrix.shape[-1])
 
     def _moments(self, module: str, *keys: str) -> dict[str, Tensor]:
-        if self._statistics is None:
+        if self.statistics is None:
             raise TypeError("the recipe needs statistics")
-        return self._statistics.moments(module, *keys)
+        return self.statistics.moments(module, *keys)
 
     def _merged(self, module: str, with_hessian: bool) -> Inputs:
         """The loops of one module made one, by the recipe's rule."""

@@ -23,7 +23,10 @@ _WEIGHTS = {
 _PACKED = {operator.name for operator in ops.OPERATORS if any(kind == "P" for _, kind, _ in operator.inputs)}
 _INPUTS = {operator.name: [name for name, _, _ in operator.inputs] for operator in ops.OPERATORS}
 _STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
-_ROUNDED = {"float32": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+ACTIVATION_TYPES = {  # the attribute activation_type of what a recipe calls a type
+    name: kind.value
+    for name, kind in (("float32", ir.DataType.FLOAT), ("int8", ir.DataType.INT8), ("fp8", ir.DataType.FLOAT8E4M3FN))
+}
 LOOP_MARK = "RecurrentInput"  # the operator at the start of every loop; its input `loop` tells which
 
 
@@ -79,7 +82,7 @@ class Rewriter:
         if quantized in _PACKED:
             attributes["bits"] = plans[0].form.bits
         attributes["block_size"] = plans[0].form.block_size
-        attributes["activation_type"] = _ROUNDED[plans[0].activations.type].value
+        attributes["activation_type"] = ACTIVATION_TYPES[plans[0].activations.type]
         inputs: list[ir.Value | None] = []
         for name, value in names.items():
             inputs += self._pair(weights[name]) if name in weights else [value]

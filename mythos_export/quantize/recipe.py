@@ -6,10 +6,11 @@ their rules follow each other, and a later recipe's tables replace an earlier on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -177,3 +178,24 @@ def with_overrides(recipe: Recipe, block: int | None, activation_bits: int | Non
         if activation_bits == 32:
             recipe = msgspec.structs.replace(recipe, activations=Activations(type="float32"))
     return recipe
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as load_recipe reads it from a file."""
+    plain = msgspec.to_builtins(recipe)
+    lines = [f"description = {_toml(recipe.description)}"] if recipe.description else []
+    for rule in plain["weights"]:
+        lines += ["", "[[weights]]", *_toml_lines(rule)]
+    for name in ("smoothing", "activations", "kv_cache", "calibration"):
+        if plain[name] is not None:
+            lines += ["", f"[{name}]", *_toml_lines(plain[name])]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _toml_lines(table: dict[str, Any]) -> list[str]:
+    return [f"{key} = {_toml(value)}" for key, value in table.items()]
+
+
+def _toml(value: str | float | list[str] | tuple[str, ...]) -> str:
+    """A value of a recipe: all kinds there are, JSON writes as TOML does, but for one control character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
