@@ -143,6 +143,34 @@ def _estimate(plain: dict[str, Any], name: str, form: str) -> str:
     return f"{plain[name]:{form}}" + ("" if stderr is None else f" ± {stderr:{form}}")
 
 
+def sensitivity_report(plain: dict[str, Any]) -> str:
+    """What `sensitivity` shows."""
+    rows = [
+        [
+            cost["operator"],
+            cost["low"],
+            _estimate(cost, "low_kl", ".2e"),
+            size(cost["low_bytes"]),
+            "stays" if cost["high"] is None else f"{cost['high']}, {_estimate(cost, 'high_kl', '.2e')}",
+            "" if cost["high"] is None else f"{cost['kl_per_byte'] * 1e6:.2e}",
+        ]
+        for cost in plain["operators"]
+    ]
+    header = ["operator", "low", "KL of it alone", "size", "raised: format, KL", "KL a MB"]
+    lines = [f"KL(float32 ‖ quantized) in nats a token, {plain['n_loops']} loops", markdown_table(header, rows)]
+    for name, what in (("low", "all low"), ("high", "all raised"), ("mix", "mix")):
+        mix = plain[name]
+        if mix is not None:
+            kl = _estimate(mix, "kl_mean", ".2e")
+            share = mix["n_bytes"] / plain["float32_bytes"]
+            lines.append(
+                f"{what}: {size(mix['n_bytes'])}, {100 * share:.1f} % of float32, KL {kl}, {len(mix['raised'])} raised"
+            )
+    if plain.get("recipe"):
+        lines.append(f"written: {plain['recipe']}")
+    return "\n".join(lines)
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar on a terminal, nothing in a pipe."""

@@ -146,7 +146,7 @@ def quantize_bundle(
     statistics: Sequence[str | Path] = (),
     force: bool = False,
     progress: Progress | None = None,
-    then: Callable[[Quantizer], None] | None = None,
+    then: Callable[[Quantizer], object] | None = None,
 ) -> Quantized:
     """Writes a quantized copy of a float32 bundle.
 

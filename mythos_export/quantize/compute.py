@@ -231,10 +231,10 @@ class Quantizer:
     def _part(matrix: MatrixPlan, module: str) -> tuple[MatrixPlan, str, int | None]:
         return matrix, module, matrix.modules.index(module) if len(matrix.shape) == 3 else None
 
-    def activation_scales(self, matrices: list[MatrixPlan], max_loops: int) -> Tensor | None:
-        """Static scales of an operator's products [max_loops, n], or [1, n] where loops share them; None where there are none.
+    def activation_scales(self, matrices: list[MatrixPlan], max_loops: int = 1) -> Tensor | None:
+        """Static scales of an operator's products [L, n], or [1, n] where loops share them; None where there are none.
 
-        Loops deeper than calibration ran take the scales of its last.
+        max_loops: rows there must be, at least; loops deeper than calibration ran take the scales of its last.
         """
         activations = matrices[0].activations
         if activations.scale == "block" or activations.type == "float32":
@@ -246,7 +246,8 @@ class Quantizer:
             smallest = max(limits.max().item(), 1.0) * 1e-6
             columns.append(limits.clamp(min=smallest) / levels)
         table = torch.stack(columns, 1).float()
-        return table if len(table) == 1 else torch.cat([table, table[-1:].expand(max_loops - len(table), -1)])
+        missing = max_loops - len(table)
+        return table if len(table) == 1 or missing <= 0 else torch.cat([table, table[-1:].expand(missing, -1)])
 
     def _limits(self, matrix: MatrixPlan, method: str, *, apart: bool) -> Tensor:
         """Magnitudes to represent [L or 1] in the inputs of a matrix, all matrices of a stack together."""
