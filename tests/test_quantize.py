@@ -115,7 +115,7 @@ def test_bad_input(tiny_bundle: Path, shakespeare: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="--dtype float32"):
         quantize_bundle(tmp_path / "half", tmp_path / "q", "int8")
     quantize_bundle(tiny_bundle, tmp_path / "q", "int8")
-    with pytest.raises(InputError, match="its weights are int8"):
+    with pytest.raises(InputError, match="is quantized already"):
         quantize_bundle(tmp_path / "q", tmp_path / "qq", "int4")
     with pytest.raises(BundleError, match="exists already"):
         quantize_bundle(tiny_bundle, tmp_path / "q", "int8")

@@ -50,7 +50,9 @@ class QuantizableBundle:
     def __init__(self, path: str | Path) -> None:
         self.folder, self.manifest = open_bundle(path)
         self.graph = self.manifest.graphs[0]
-        if self.manifest.quantization is not None or self.graph.weight_dtype != "float32":
+        if self.manifest.quantization is not None:
+            raise InputError(f"{path}: is quantized already; quantize the float32 bundle that it was made from")
+        if self.graph.weight_dtype != "float32":
             raise InputError(
                 f"{path}: its weights are {self.graph.weight_dtype}; quantize a bundle exported with --dtype float32"
             )
@@ -163,7 +165,8 @@ def quantize_bundle(
     size = sum(entry.size for entry in source.manifest.files.values()) + _SMALL_FILES
     folder = Path(target).with_name(f".{Path(target).name}.calibration")
     with BundleWriter(target, force=force, needed_bytes=size) as writer:
-        calibration = source.calibration(plan, text, folder, progress=progress) if text else None
+        rests_on_text = recipe.needs_ranges or (recipe.needs_statistics and not statistics)
+        calibration = source.calibration(plan, text, folder, progress=progress) if text and rests_on_text else None
         gathered = _statistics(source, plan, statistics) if statistics and recipe.needs_statistics else None
         quantizer = calibrated_quantizer(source, plan, calibration, gathered)
         model = _graph(source, plan, quantizer)
