@@ -279,3 +279,12 @@ def test_quantized_operators_everywhere(tiny_bundle: Path, tmp_path: Path, caplo
     operators = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
     assert {"NormalizedLinear", "QuantizedNormalizedLinear", "FeedForward", "QuantizedFeedForward"} <= operators
     assert len(load(tmp_path / "q").generate([1, 2], 3).complete().ids) == 3
+
+
+def test_an_embedding_that_is_no_head_is_rounded_to_nearest(tiny_bundle: Path) -> None:
+    """It is looked up, never multiplied with, so nothing is known of its inputs."""
+    config = msgspec.structs.replace(ModelConfig.from_dict(open_bundle(tiny_bundle)[1].model), tie_embeddings=False)
+    plan = make_plan(Recipe(weights=(WeightRule("*", "int4", algorithm="gptq"),)), config)
+    assert plan.matrices["embed"].algorithm == "round-to-nearest"
+    assert plan.matrices["embed"].modules == ()
+    assert plan.matrices["head"].algorithm == "gptq"

@@ -21,7 +21,7 @@ _CHANNEL_BLOCK = 128  # how a scale an output channel is stored: in blocks of th
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix [out, in], or a stack of such: what it becomes and how. looped: read once a loop."""
+    """One matrix [out, in], or a stack of such: what it becomes and how. looked_up: an embedding that is no head, so no product."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,14 +29,18 @@ class MatrixPlan:
     algorithm: str
     smoothed: bool
     activations: Activations
+    looked_up: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The Linear modules that hold it, one a matrix of a stack."""
+        if self.looked_up:
+            return ()
         return (self.name,) if len(self.shape) == 2 else tuple(f"{self.name}.{index}" for index in range(self.shape[0]))
 
     @property
     def looped(self) -> bool:
+        """Whether it is read once a loop."""
         return self.name.startswith("recurrent.")
 
     @property
@@ -89,6 +93,9 @@ def make_plan(recipe: Recipe, config: ModelConfig) -> Plan:
         raise InputError("the recipe changes nothing; give it [[weights]] rules or a [kv_cache]")
     planned = {name: _matrix(name, shape, recipe) for name, shape in shapes.items()}
     matrices = {name: matrix for name, matrix in planned.items() if matrix is not None}
+    if "embed" in matrices and not config.tie_embeddings:
+        nearest = replace(matrices["embed"], algorithm="round-to-nearest", activations=Activations(), looked_up=True)
+        matrices["embed"] = nearest
     plan = Plan(recipe, config, matrices, shapes)
     _widen_odd(plan)
     _check_operators(plan)

@@ -47,9 +47,8 @@ def simulated_model(
         steps = _steps(matrices, activation_scales.get(operator))
         for product, matrix in enumerate(matrices):
             for name in matrix.modules:
-                if name in modules:  # an embedding that is no head is only looked up
-                    hooks.append(_RoundInput([_of_product(step, product) for step in steps]))
-                    modules[name].register_forward_pre_hook(hooks[-1])
+                hooks.append(_RoundInput([_of_product(step, product) for step in steps]))
+                modules[name].register_forward_pre_hook(hooks[-1])
     if plan.recipe.kv_cache is not None:
         own = plan.recipe.kv_cache.scale == "row"
         for module in modules.values():
