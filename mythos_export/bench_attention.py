@@ -31,6 +31,7 @@ from runtimes.runner import load
 CACHES: dict[str, tuple[int, np.dtype[Any]]] = {
     "float32": (TensorProto.FLOAT, np.dtype(np.float32)),
     "float16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bfloat16": (TensorProto.BFLOAT16, np.dtype(np.uint16)),  # numpy holds its bits
     "int8": (TensorProto.INT8, np.dtype(np.int8)),
 }
 
@@ -59,7 +60,7 @@ class AttentionReport:
 
 
 _RUNS = 5  # of the operator in one measurement
-Feeds = dict[str, NDArray[Any]]
+Feeds = dict[str, NDArray[Any] | onnxruntime.OrtValue]
 Progress = Callable[[str, int, int], None]
 
 
@@ -156,9 +157,13 @@ def _session(
 
 
 def _cache(config: AttentionConfig, cache: str, context: int) -> Feeds:
-    shape, dtype = (1, 1, context, config.cache_width), CACHES[cache][1]
-    past_kv: NDArray[Any] = np.ones(shape, dtype)
-    feeds: Feeds = {"past_kv": past_kv, "past_len": np.array([context])}
+    """Rows of ones."""
+    shape, (kind, dtype) = (1, 1, context, config.cache_width), CACHES[cache]
+    past_kv: NDArray[Any] = np.full(shape, 0x3F80 if cache == "bfloat16" else 1, dtype)
+    feeds: Feeds = {
+        "past_kv": onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(past_kv, kind),
+        "past_len": np.array([context]),
+    }
     if cache == "int8":
         feeds["past_scale"] = np.full(shape[:3], 0.01, dtype=np.float32)
     return feeds

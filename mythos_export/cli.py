@@ -302,7 +302,7 @@ def bench(
         typer.Option(metavar="N,N,…", help="Time the attention operator alone over so many cached rows instead."),
     ] = None,
     cache: Annotated[
-        str, typer.Option(metavar="float32|float16|int8", help="Number format of the rows for --attention.")
+        str, typer.Option(metavar="float32|float16|bfloat16|int8", help="Number format of the rows for --attention.")
     ] = "float32",
     form: Annotated[Form, typer.Option("-o", "--output", help="How to print.")] = Form.table,
     as_json: Json = False,
