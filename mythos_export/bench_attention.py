@@ -24,10 +24,17 @@ from onnx import TensorProto, helper
 from mythos_export import footprint, ops
 from mythos_export.bench import ReadBandwidth, environment
 from mythos_export.config import AttentionConfig, LatentAttentionConfig, ModelConfig
-from runtimes.cache import CACHE_DTYPES
 from runtimes.errors import InputError
 from runtimes.onnxruntime_backend import session_options
 from runtimes.runner import load
+
+# Those of bundles, and the one the operators take besides.
+CACHES: dict[str, tuple[int, np.dtype[Any]]] = {
+    "float32": (TensorProto.FLOAT, np.dtype(np.float32)),
+    "float16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bfloat16": (TensorProto.BFLOAT16, np.dtype(np.uint16)),  # numpy holds its bits
+    "int8": (TensorProto.INT8, np.dtype(np.int8)),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class AttentionReport:
 
 
 _RUNS = 5  # of the operator in one measurement
-Feeds = dict[str, NDArray[Any]]
+Feeds = dict[str, NDArray[Any] | onnxruntime.OrtValue]
 Progress = Callable[[str, int, int], None]
 
 
@@ -67,12 +74,12 @@ def bench_attention(
     native: bool | None = None,
     progress: Progress | None = None,
 ) -> AttentionReport:
-    """Measures attention of one token over caches of `contexts` rows of cache_dtype, one of CACHE_DTYPES (default: the bundle's).
+    """Measures attention of one token over caches of `contexts` rows of cache_dtype, one of CACHES (default: the bundle's).
 
     The weights around it are random. Raises InputError for a context below 1 or an unknown dtype.
     """
-    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
-        raise InputError(f'cache_dtype is "{cache_dtype}"; expected one of {", ".join(CACHE_DTYPES)}')
+    if cache_dtype is not None and cache_dtype not in CACHES:
+        raise InputError(f'cache_dtype is "{cache_dtype}"; expected one of {", ".join(CACHES)}')
     for context in contexts:
         if context < 1:
             raise InputError(f"attention over {context} rows; expected at least 1")
@@ -141,7 +148,7 @@ def _session(
         attributes["row_scale"] = 0.0
     operator = next(o for o in ops.OPERATORS if o.name == name)
     kinds = {
-        "past_kv": helper.np_dtype_to_tensor_dtype(np.dtype(cache_dtype)),
+        "past_kv": CACHES[cache_dtype][0],
         "past_len": TensorProto.INT64,
         "slot": TensorProto.INT64,
     }
@@ -160,9 +167,13 @@ def _session(
 
 
 def _cache(config: AttentionConfig, cache_dtype: str, context: int) -> Feeds:
-    shape = (1, 1, context, config.cache_width)
-    past_kv: NDArray[Any] = np.ones(shape, np.dtype(cache_dtype))
-    feeds: Feeds = {"past_kv": past_kv, "past_len": np.array([context])}
+    """Rows of ones."""
+    shape, (kind, dtype) = (1, 1, context, config.cache_width), CACHES[cache_dtype]
+    past_kv: NDArray[Any] = np.full(shape, 0x3F80 if cache_dtype == "bfloat16" else 1, dtype)
+    feeds: Feeds = {
+        "past_kv": onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(past_kv, kind),
+        "past_len": np.array([context]),
+    }
     if cache_dtype == "int8":
         feeds["past_scale"] = np.full(shape[:3], 0.01, dtype=np.float32)
     return feeds

@@ -111,6 +111,70 @@ def test_attention_over_many_rows(lengths: list[int], seq: int, window: int) -> 
     check_native("GroupedQueryAttention", tensors, attributes)
 
 
+def latent_inputs(past: list[torch.Tensor], seq: int, heads: int, rank: int, half: int) -> list[torch.Tensor]:
+    """Inputs of LatentAttention over a cache, scores of standard deviation 1 for a scale of 1."""
+    batch, nope, value = len(past[-2]), 12, 10
+    tensors = [
+        randn(batch, seq, heads * (nope + 2 * half)) / (rank + 2 * half) ** 0.5,
+        randn(batch, seq, rank + 2 * half),
+    ]
+    tensors += [torch.ones(rank), randn(heads, rank, nope) / nope**0.5, randn(heads, value, rank) / rank**0.5]
+    return [*tensors, randn(batch, seq, half), randn(batch, seq, half), *past]
+
+
+def relative_error(output: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(output - truth) / np.linalg.norm(truth))
+
+
+@needs_library
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 1.0), (torch.float16, 0.1), (torch.int8, 0.1)])
+@pytest.mark.parametrize(("lengths", "seq"), [([700, 3, 33], 1), ([130, 0, 64], 20)])
+@pytest.mark.parametrize(("heads", "rank"), [(16, 96), (5, 21)])
+def test_attention_adds_less_error_than_the_cache(
+    dtype: torch.dtype, share: float, lengths: list[int], seq: int, heads: int, rank: int
+) -> None:
+    """What the kernels round, queries and weights of rows, costs less than `share` of what rounding the cache did; with widths that
+    fill whole vectors and widths that do not."""
+    half, head_dim = (16, 64) if rank == 96 else (3, 34)
+    kv_heads, group = 2, (1 + heads) // 2
+    qkv = [randn(len(lengths), seq, (kv_heads * group + 2 * kv_heads) * head_dim) / head_dim**0.25]
+    qkv += [randn(len(lengths), seq, head_dim // 2), randn(len(lengths), seq, head_dim // 2)]
+    attributes = {"n_heads": kv_heads * group, "n_kv_heads": kv_heads, "window": 0, "scale": head_dim**-0.25}
+    for name, width in (("LatentAttention", rank + 2 * half), ("GroupedQueryAttention", 2 * kv_heads * head_dim)):
+        rows = randn(2, len(lengths), max(lengths) + 3, width)
+        scales = rows.abs().amax(-1) / 127
+        rounded = (rows / scales[..., None]).round().to(dtype) if dtype == torch.int8 else rows.to(dtype)
+        at = [torch.tensor(lengths), torch.tensor(1)]
+        tensors = latent_inputs([rows, *at], seq, heads, rank, half) if name == "LatentAttention" else [*qkv, rows, *at]
+        given = {"scale": 1.0, "epsilon": 1e-6} if name == "LatentAttention" else attributes
+        exact = in_torch(OPERATORS[name], tensors, given, double=True)[0]
+        tensors[-3:-2] = [rounded, scales] if dtype == torch.int8 else [rounded]
+        operator = OPERATORS[name + ("Int8Cache" if dtype == torch.int8 else "")]
+        truth = in_torch(operator, tensors, given, double=True)[0]
+        of_the_cache = relative_error(truth, exact)
+        for instruction_set, outputs in in_native(operator, tensors, given).items():
+            error = relative_error(outputs[0], truth)
+            assert error < share * of_the_cache, f"{name}, {instruction_set}: {error} beside {of_the_cache}"
+
+
+@needs_library
+@pytest.mark.parametrize("width", [4096, 4098])
+def test_long_int8_rows_do_not_overflow(width: int) -> None:
+    """Every product as large as can be: up to 4096 channels their sums fit 32 bits, longer rows are multiplied as floats."""
+    rows = torch.full((1, 1, 70, width), 127, dtype=torch.int8)
+    rows[:, :, ::2] = -128
+    scales = torch.full(rows.shape[:3], 1 / 128)
+    q, kv, norm, w_uk, w_uv, cos, sin, *past = latent_inputs(
+        [rows, scales, torch.tensor([70]), torch.tensor(0)], seq=1, heads=2, rank=width - 2, half=1
+    )
+    same = torch.ones_like
+    tensors = [same(q), kv, norm, same(w_uk) / 12, w_uv, same(cos), 0 * sin, *past]  # queries all ones
+    operator, attributes = OPERATORS["LatentAttentionInt8Cache"], {"scale": 0.5 / width, "epsilon": 1e-6}
+    truth = in_torch(operator, tensors, attributes, double=True)[0]
+    for instruction_set, outputs in in_native(operator, tensors, attributes).items():
+        assert relative_error(outputs[0], truth) < 1e-4, instruction_set
+
+
 @needs_library
 @pytest.mark.parametrize("which", ["tiny_bundle", "fixed_bundle"])
 @pytest.mark.parametrize("recipe", [None, "int8", "int4"])
@@ -254,9 +318,9 @@ def test_aarch64_library(aarch64: Path) -> None:
 @needs_library
 @pytest.mark.slow
 def test_aarch64_under_emulation(aarch64: Path) -> None:
-    """The NEON kernels agree with the scalar ones."""
+    """The NEON kernels agree with the scalar ones, those for i8mm and BF16 too."""
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if emulator is None:
         pytest.skip("qemu-aarch64 is missing; make toolchains installs it, or says why it cannot")
     build(aarch64, "stress")
-    assert "neon ok" in run(emulator, aarch64 / "stress")
+    assert "neon_i8mm ok" in run(emulator, "-cpu", "max", aarch64 / "stress")

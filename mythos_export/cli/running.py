@@ -148,7 +148,9 @@ def bench(
     ] = None,
     cache_dtype: Annotated[
         str | None,
-        typer.Option(metavar="float32|float16|int8", help="Of the rows for --attention; default the bundle's."),
+        typer.Option(
+            metavar="float32|float16|bfloat16|int8", help="Of the rows for --attention; default the bundle's."
+        ),
     ] = None,
     form: Annotated[Form, typer.Option("-o", "--output", help="How to print.")] = Form.table,
     as_json: Json = False,

@@ -182,7 +182,7 @@ void StressLatentAttention(const Tables& tables) {
   mythos::LatentAttentionArgs a{};
   Sizes(&a.batch, &a.seq, &a.capacity);
   a.n_heads = Between(1, 9), a.nope = Between(1, 40), a.rope = 2 * Between(1, 9), a.v_head_dim = Between(1, 20);
-  a.rank = Between(1, 40), a.scale = 0.1f, a.epsilon = 1e-6f;
+  a.rank = Between(1, 90), a.scale = 0.1f, a.epsilon = 1e-6f;
   const size_t tokens = a.batch * a.seq, width = a.rank + a.rope;
   const auto q = Floats(tokens * a.n_heads * (a.nope + a.rope)), kv = Floats(tokens * width), norm = Floats(a.rank);
   const Weights w_uk(a.n_heads, a.rank, a.nope), w_uv(a.n_heads, a.v_head_dim, a.rank);
@@ -200,7 +200,7 @@ void StressLatentAttention(const Tables& tables) {
 void StressGroupedQueryAttention(const Tables& tables) {
   mythos::GroupedQueryAttentionArgs a{};
   Sizes(&a.batch, &a.seq, &a.capacity);
-  a.n_kv_heads = Between(1, 4), a.n_heads = a.n_kv_heads * Between(1, 9), a.head_dim = 2 * Between(1, 20);
+  a.n_kv_heads = Between(1, 4), a.n_heads = a.n_kv_heads * Between(1, 9), a.head_dim = 2 * Between(1, 40);
   a.window = Between(0, 1) == 1 ? Between(1, 300) : 0, a.scale = 0.1f;
   const size_t tokens = a.batch * a.seq, width = 2 * a.n_kv_heads * a.head_dim;
   const auto qkv = Floats(tokens * (a.n_heads + 2 * a.n_kv_heads) * a.head_dim);
