@@ -143,32 +143,35 @@ def _estimate(plain: dict[str, Any], name: str, form: str) -> str:
     return f"{plain[name]:{form}}" + ("" if stderr is None else f" ± {stderr:{form}}")
 
 
-def sensitivity_report(plain: dict[str, Any]) -> str:
-    """What `sensitivity` shows."""
-    rows = [
-        [
-            cost["operator"],
-            cost["low"],
-            _estimate(cost, "low_kl", ".2e"),
-            size(cost["low_bytes"]),
-            "stays" if cost["high"] is None else f"{cost['high']}, {_estimate(cost, 'high_kl', '.2e')}",
-            "" if cost["high"] is None else f"{cost['kl_per_byte'] * 1e6:.2e}",
-        ]
-        for cost in plain["operators"]
+def sensitivity_report(plain: dict[str, Any], brief: bool = False) -> str:
+    """What `sensitivity` shows: operators, the ends of the scale, and the mix; brief: the last alone."""
+    high = next((row["high"] for row in plain["operators"] if row["high"]), "")
+    rows = []
+    for row in plain["operators"]:
+        cells = [row["operator"], row["low"], _estimate(row, "low_kl", ".2g"), "", "", ""]
+        if row["high"]:
+            more = row["high_bytes"] - row["low_bytes"]
+            cells[3:] = [_estimate(row, "high_kl", ".2g"), size(more), f"{1e6 * row['kl_per_byte']:.2g}"]
+        rows.append(cells)
+    table = markdown_table(["operator alone", "format", "mean KL", f"in {high}", "saves", "KL a MB saved"], rows)
+    ends = [("the recipe", plain["low"]), (f"all in {high}", plain["high"]), ("the mix", plain["mix"])]
+    lines = [
+        f"{name}: {size(mix['n_bytes'])}, {100 * mix['n_bytes'] / plain['float32_bytes']:.1f} % of float32, "
+        f"{len(mix['raised'])} operators in {high}; mean KL {_estimate(mix['against'], 'kl_mean', '.3g')}, perplexity "
+        f"× {_estimate(mix['against'], 'perplexity_ratio', '.4f')}"
+        for name, mix in ends
+        if mix
     ]
-    header = ["operator", "low", "KL of it alone", "size", "raised: format, KL", "KL a MB"]
-    lines = [f"KL(float32 ‖ quantized) in nats a token, {plain['n_loops']} loops", markdown_table(header, rows)]
-    for name, what in (("low", "all low"), ("high", "all raised"), ("mix", "mix")):
-        mix = plain[name]
-        if mix is not None:
-            kl = _estimate(mix, "kl_mean", ".2e")
-            share = mix["n_bytes"] / plain["float32_bytes"]
-            lines.append(
-                f"{what}: {size(mix['n_bytes'])}, {100 * share:.1f} % of float32, KL {kl}, {len(mix['raised'])} raised"
-            )
-    if plain.get("recipe"):
-        lines.append(f"written: {plain['recipe']}")
-    return "\n".join(lines)
+    if plain["written"]:
+        lines.append(f"{plain['written']}: quantize with --recipe {plain['written']}")
+    if brief:
+        return "\n".join(lines[2:])
+    text = plain["eval_text"]
+    scored = (
+        f"KL(float32 ‖ quantized) in nats at {plain['n_loops']} loops, {text['n_sequences']} windows of {text['length']} tokens of "
+        f"{text['source']}; ±: standard error over windows"
+    )
+    return "\n".join([table, scored, *lines])
 
 
 @contextmanager

@@ -176,20 +176,17 @@ def sensitivity(
     eval_sequences: Annotated[int, typer.Option("--eval-sequences", help="Sequences to compare on.")] = 4,
     length: Annotated[int, typer.Option("--length", help="Tokens of each.")] = 256,
     seed: Seed = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing recipe.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Tell which operators cost most KL per byte saved, and mix formats to a size or a KL."""
     from mythos_export.quantize.bundle import Text
     from mythos_export.quantize.recipe import to_toml
-    from mythos_export.quantize.sensitivity import measure_sensitivity
+    from mythos_export.quantize.sensitivity import check_recipe_file, measure_sensitivity
     from mythos_export.report import progress_bar, sensitivity_report
 
-    if output is not None:
-        if target_size is None and target_kl is None:
-            raise InputError("--output takes a mixed recipe, which needs a goal; pass --target-size or --target-kl")
-        if output.suffix != ".toml" or not output.parent.is_dir():
-            raise InputError(f"{output}: the mixed recipe is a .toml file in a folder that exists; choose such a name")
+    check_recipe_file(output, force, has_target=target_size is not None or target_kl is not None)
     with progress_bar(quiet or as_json) as tell:
         found = measure_sensitivity(
             bundle,
@@ -203,8 +200,8 @@ def sensitivity(
         )
     if output is not None and found.mix is not None:
         output.write_text(to_toml(found.mix.recipe), "utf-8")
-    plain = found.to_dict() | {"recipe": str(output) if output else None}
-    emit(as_json, plain, "" if quiet else sensitivity_report(plain))
+    plain = found.to_dict() | {"written": str(output) if output else None}
+    emit(as_json, plain, sensitivity_report(plain, brief=quiet))
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mythos_export.divergence import Comparison, Progress
 from mythos_export.model.unfolded import Unfolded
 from mythos_export.quantize.bundle import QuantizableBundle, Text, check_text
@@ -16,6 +18,7 @@ from mythos_export.quantize.judge import Judge
 from mythos_export.quantize.mixed import High, MixedRecipes
 from mythos_export.quantize.plan import Plan, operator_of
 from mythos_export.quantize.recipe import Recipe, load_recipe
+from mythos_export.report import size
 from runtimes.errors import InputError
 
 
@@ -132,6 +135,20 @@ def measure_sensitivity(
     return Sensitivity(costs, low, top, mix, source.n_bytes(), source.n_loops, judge.record)
 
 
+def check_recipe_file(path: Path | None, force: bool, *, has_target: bool) -> None:
+    """Raises InputError where a mixed recipe cannot be written to path (None: nowhere), or there will be none."""
+    if path is None:
+        return
+    if not has_target:
+        raise InputError("--output takes the mixed recipe, which needs a target; pass --target-size or --target-kl")
+    if path.suffix != ".toml":
+        raise InputError(f"{path}: expected a name that ends in .toml, as `quantize --recipe` reads it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder for the recipe; make it first")
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists already; pass --force to replace it")
+
+
 class _Measure:
     """Runs models against the judge."""
 
@@ -145,7 +162,9 @@ class _Measure:
         name = f"{len(raised)} of {len(mixed.movable)} operators in {mixed.high}"
         comparison = self._compare(model, self._progress, f"scoring with {name}")
         n_bytes = mixed.source.n_bytes(mixed.plan(raised))
-        recipe = mixed.mixture(raised)
+        measured = f"{name}: {size(n_bytes)}, mean KL {comparison.kl_mean:.3g} nats at {mixed.source.n_loops} loops"
+        description = "; ".join(filter(None, (mixed.recipe.description, measured)))
+        recipe = msgspec.structs.replace(mixed.mixture(raised), description=description)
         return Mix(tuple(raised), recipe, n_bytes, comparison)
 
     def costs(self) -> list[OperatorCost]:
