@@ -30,6 +30,7 @@ from mythos_export.quantize.folds import Factors, Fold, cache_folds, folds
 from mythos_export.quantize.plan import MatrixPlan, Plan, is_mixture
 
 _PIECE = 16 * 2**20  # numbers rounded at a time
+_LOSS_ROWS = 1024  # of a matrix, evenly taken, that tell how good a choice of factors is
 _LEAST_SHARE = 0.005  # of the tokens: an expert that saw fewer is not calibrated
 _LEAST_TOKENS = 2  # times the input dimension
 CACHE_LIMIT = 127.0  # levels of an int8 cache
@@ -214,6 +215,7 @@ class Quantizer:
         total = sum(item.tokens for item in seen)
         magnitude = torch.stack([item.magnitude * (item.tokens / total) for item in seen]).sum(0)
         forms = [matrix.form for matrix, _, _ in parts]
+        weights = [weight[:: max(1, len(weight) // _LOSS_ROWS)] for weight in weights]
 
         def loss(factors: Tensor) -> float:
             cost = 0.0
