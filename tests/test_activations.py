@@ -64,7 +64,11 @@ def every_operator(seq: int, dim: int, hidden: int, kind: str, scales: tuple[flo
         tensors[3:5] = stored(tensors[3] / dim**0.5, kind) + stored(tensors[4] / hidden**0.5, kind)
         name = f"QuantizedLatentAttention{'Int8Cache' if dtype == torch.int8 else ''}"
         tensors += [*cache(2, [4, 1], 6, hidden + 4, dtype), two]
-        yield OPERATORS[name], tensors, {"scale": 0.05, **epsilon}
+        yield (
+            OPERATORS[name],
+            tensors,
+            {"scale": 0.05, **epsilon, **({"row_scale": 0.0} if dtype == torch.int8 else {})},
+        )
 
 
 @FEW
