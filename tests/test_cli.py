@@ -135,6 +135,15 @@ def test_bench(bundle: Path, shakespeare: Path) -> None:
     assert json.loads(run("bench", bundle, "-p", 4, "-n", 0, "-r", 1, "-o", "json").stdout)["rows"]
 
 
+@pytest.mark.parametrize(("cache", "row_bytes"), [("float32", 4 * 48), ("bfloat16", 2 * 48), ("int8", 48 + 4)])
+def test_bench_attention(tiny_bundle: Path, cache: str, row_bytes: int) -> None:
+    """Rows of 48 channels, int8 ones with a scale."""
+    from mythos_export.bench_attention import bench_attention
+
+    report = bench_attention(tiny_bundle, [8, 300], cache, 1)
+    assert [row.bytes for row in report.rows] == [8 * row_bytes, 300 * row_bytes]
+
+
 def test_inspect_and_doctor(bundle: Path) -> None:
     plain = run_json("inspect", bundle)
     assert plain["model"]["dim"] == 128
