@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mythos_export.export import export_bundle
 from runtimes.runner import Runner, load
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +21,8 @@ def shakespeare() -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint with a dynamic loop count of up to 12."""
+    from mythos_export.export import export_bundle  # needs torch; tests of the Runner alone do without
+
     target = tmp_path_factory.mktemp("tiny") / "bundle"
     export_bundle(shakespeare, target, max_loops=12)
     return target
@@ -30,6 +31,8 @@ def tiny_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def fixed_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint with its 4 loops unrolled."""
+    from mythos_export.export import export_bundle
+
     target = tmp_path_factory.mktemp("fixed") / "bundle"
     export_bundle(shakespeare, target, loops=4)
     return target
