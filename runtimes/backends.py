@@ -39,11 +39,11 @@ def open_backend(
     kinds = tensorrt_api.BACKENDS if name == "auto" else (name,)
     if name != "auto" or request.engine is not None:
         return _open_engine(kinds, folder, manifest, request)
-    if list_engines(folder):
-        try:
+    try:
+        if list_engines(folder):
             return _open_engine(kinds, folder, manifest, request)
-        except MythosError as error:
-            say_once(f"no engine of the bundle is used, onnxruntime runs instead: {error}")
+    except MythosError as error:
+        say_once(f"no engine of the bundle is used, onnxruntime runs instead: {error}")
     return OnnxRuntimeBackend(folder, manifest, threads, native)
 
 

@@ -245,4 +245,7 @@ def aligned(size: int) -> int:
 
 def megabytes(size: int) -> str:
     """Bytes for messages."""
-    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / 1e3:.1f} kB"

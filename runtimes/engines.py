@@ -142,10 +142,11 @@ def engine_key(backend: str, version: str, compute_capabilities: tuple[str, ...]
 
 
 def list_engines(folder: Path) -> list[tuple[Path, Engine | BundleError]]:
-    """Engines of the bundle in a folder, by name: each with its metadata, or with why that cannot be used. Plans are not read."""
+    """Engines of the bundle in a folder, by name: each with its metadata, or with why that cannot be used. Plans are not read.
+    Raises BundleError where engines/ is a link."""
     home = folder / FOLDER
     if home.is_symlink():
-        return [(home, BundleError(f"{home}: is a link; engines are used from the bundle's own folder only"))]
+        raise BundleError(f"{home}: is a link; engines are used from the bundle's own folder only")
     if not home.is_dir():
         return []
     paths = sorted(

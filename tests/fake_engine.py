@@ -1,4 +1,4 @@
-"""Engines for tests.fake_tensorrt: a bundle's own graph, its weights turned into inputs, the choice of a token appended."""
+"""Engines for fake_tensorrt: a bundle's own graph, its weights turned into inputs, the choice of a token appended."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx
+from fake_tensorrt import make_plan
 from onnx import TensorProto, external_data_helper, helper
 
 from runtimes.bundle import Graph, open_bundle
 from runtimes.dtypes import STORAGE
 from runtimes.engines import Engine, EngineWriter, Plan, Profile, Range, Weight, engine_key
 from runtimes.folder_writer import FileEntry
-from tests.fake_tensorrt import make_plan
 
 BATCH, SEQ = 4, 32  # most sequences, most tokens of a prefill step
 NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
@@ -146,7 +146,7 @@ def _rename(graph: onnx.GraphProto, before: str, after: str) -> None:
 
 def _profiles(graph: Graph, form: str, max_context: int) -> tuple[Profile, ...]:
     least, most = graph.slots(graph.loops or 1), graph.slots(graph.loops or graph.max_loops)
-    batch, capacity, slots = Range(1, 1, BATCH), Range(1, 256, max_context), Range(least, most, most)
+    batch, capacity, slots = Range(1, 1, BATCH), Range(1, min(256, max_context), max_context), Range(least, most, most)
     one = Range(1, 1, 1)
     decode = Profile("decode", batch, one, capacity, slots, one)
     prefill = Profile("prefill", batch, Range(1, SEQ, SEQ), capacity, slots, Range(1, 1, SEQ))

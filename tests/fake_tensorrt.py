@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
+import threading
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -89,6 +90,7 @@ class FakeCuda(types.ModuleType):
         self.moved: Counter[str] = Counter()
         self.failing: set[str] = set()  # names of calls that fail
         self.allocations_left: int | None = None  # cudaMalloc fails after so many
+        self.lock = threading.RLock()  # of all streams' work
         self._next = 1
 
     def __getattribute__(self, name: str) -> Any:
@@ -102,7 +104,7 @@ class FakeCuda(types.ModuleType):
     @property
     def allocated(self) -> int:
         """Bytes of device memory in use."""
-        return sum(block.size for block in self.device.values())
+        return sum(block.size for block in list(self.device.values()))
 
     @property
     def waits(self) -> int:
@@ -122,7 +124,7 @@ class FakeCuda(types.ModuleType):
 
     def check(self, address: int, size: int, where: str) -> None:
         """Raises IllegalAccess unless these bytes belong to one allocation."""
-        for block in (self.device if where == "device" else self.host).values():
+        for block in list((self.device if where == "device" else self.host).values()):
             if block.address <= address and address + size <= block.address + block.size:
                 return
         raise IllegalAccess(f"{size} bytes at {address:#x} are not allocated on the {where}")
@@ -156,8 +158,9 @@ class FakeCuda(types.ModuleType):
         return cudaError_t.cudaSuccess, self._allocate(size, self.device)
 
     def cudaFree(self, address: int) -> tuple[Any]:
-        for stream in self.streams.values():  # as the real one waits for the device
-            self._run(stream)
+        with self.lock:
+            for stream in list(self.streams.values()):  # as the real one waits for the device
+                self._run(stream)
         block = self.device.pop(address)
         ctypes.memset(block.address, 0xFF, block.size)
         return (cudaError_t.cudaSuccess,)
@@ -186,12 +189,13 @@ class FakeCuda(types.ModuleType):
         (queue.work if queue.recording is None else queue.recording).append(work)
 
     def _run(self, stream: FakeStream, until: int | None = None) -> None:
-        while stream.work:
-            work = stream.work.pop(0)
-            if not isinstance(work, Marker):
-                work()
-            elif work.event == until:
-                return
+        with self.lock:
+            while stream.work:
+                work = stream.work.pop(0)
+                if not isinstance(work, Marker):
+                    work()
+                elif work.event == until:
+                    return
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: Any, stream: int) -> tuple[Any]:
         return self._copy(target, size, source, size, size, 1, kind, stream)
@@ -243,9 +247,10 @@ class FakeCuda(types.ModuleType):
         return (cudaError_t.cudaSuccess,)
 
     def cudaEventSynchronize(self, event: int) -> tuple[Any]:
-        for stream in self.streams.values():
-            if Marker(event) in stream.work:
-                self._run(stream, until=event)
+        with self.lock:
+            for stream in list(self.streams.values()):
+                if Marker(event) in stream.work:
+                    self._run(stream, until=event)
         return (cudaError_t.cudaSuccess,)
 
     # Graphs
@@ -410,7 +415,8 @@ class FakeContext:
         shapes, addresses, at_host = dict(self.shapes), dict(self.addresses), {}
         for name in self.engine.host_inputs:
             assert not capturing, "host inputs are read when a step is enqueued: a graph would repeat them"
-            at_host[name] = self._read(name, shapes[name], addresses[name], np.int64, "host").copy()
+            dtype = next(_NUMPY[value.type] for value in session.get_inputs() if value.name == name)
+            at_host[name] = self._read(shapes[name], addresses[name], dtype, "host").copy()
 
         def run() -> None:
             feeds = {}
@@ -419,7 +425,7 @@ class FakeContext:
                 feeds[value.name] = (
                     at_host[value.name]
                     if value.name in at_host
-                    else self._read(value.name, shape, addresses[value.name], _NUMPY[value.type], "device")
+                    else self._read(shape, addresses[value.name], _NUMPY[value.type], "device")
                 )
             self.engine.shapes_run.append(feeds["input_ids"].shape)
             names = [value.name for value in session.get_outputs()]
@@ -430,7 +436,7 @@ class FakeContext:
         self.cuda.put(stream, run)
         return True
 
-    def _read(self, name: str, shape: tuple[int, ...], address: int, dtype: Any, where: str) -> np.ndarray:
+    def _read(self, shape: tuple[int, ...], address: int, dtype: Any, where: str) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.cuda.check(address, size, where)
         raw = (ctypes.c_uint8 * size).from_address(address)

@@ -1,108 +1,28 @@
-"""The Runner on engines: the same tokens as on onnxruntime, what moves between host and device, and every way not to run.
+"""The Runner on engines: the same tokens as on onnxruntime, what moves between host and device, several at once, and the end.
 
-Where there is no GPU, tests.fake_tensorrt stands for CUDA and TensorRT. Where there is one, the tests that do not ask for the fake
-run on it, with the engine of the bundle that MYTHOS_TEST_BUNDLE names (a bundle with a float32 engine for at least 4 sequences).
+Where there is no GPU, fake_tensorrt stands for CUDA and TensorRT. Where there is one, tests that do not ask for the fake run on it,
+with the bundle that MYTHOS_TEST_BUNDLE names: its engine is float32, for 4 sequences or more, and its loop count dynamic.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import shutil
-import sys
-import types
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_engine import SEQ, add_engine
+from fake_tensorrt import FakeTensorRT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtimes import backend as backend_module
-from runtimes import cuda, device_memory, tensorrt_api
-from runtimes.backend import StepInput
+from runtimes import device_memory
+from runtimes.backend import Cancelled, StepInput
 from runtimes.errors import BackendError
 from runtimes.runner import Runner, load
-from tests.fake_engine import SEQ, add_engine
-from tests.fake_tensorrt import FakeCuda, FakeTensorRT
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [400, 3, 77], list(range(100, 145)), [1]]
-
-
-def clear_caches() -> None:
-    tensorrt_api.find.cache_clear()
-    cuda._runtime.cache_clear()
-
-
-def install(monkeypatch: pytest.MonkeyPatch, version: str) -> FakeTensorRT:
-    """Puts a fake CUDA and TensorRT where the real ones are imported from."""
-    fake = FakeTensorRT(FakeCuda(), version)
-    for name in ("cuda", "cuda.bindings"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake.cuda)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setattr(backend_module, "_said", set())
-    clear_caches()
-    return fake
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
-    """A fake of TensorRT 8.6."""
-    yield install(monkeypatch, "8.6.1")
-    gc.collect()
-    clear_caches()
-
-
-@pytest.fixture
-def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy to put engines into."""
-    shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    return tmp_path / "bundle"
-
-
-@pytest.fixture
-def engine(fake: FakeTensorRT, bundle: Path) -> Path:
-    """An engine's folder, for TensorRT 8.6."""
-    return add_engine(bundle)
-
-
-def has_gpu() -> bool:
-    try:
-        cuda.device()
-        tensorrt_api.find("tensorrt")
-    except BackendError:
-        return False
-    return True
-
-
-@pytest.fixture(scope="session")
-def real_bundle() -> Path | None:
-    """A bundle with a real engine, where it can run."""
-    if not has_gpu():
-        return None
-    if "MYTHOS_TEST_BUNDLE" not in os.environ:
-        pytest.skip("there is a GPU, but MYTHOS_TEST_BUNDLE names no bundle with an engine for it")
-    return Path(os.environ["MYTHOS_TEST_BUNDLE"])
-
-
-@pytest.fixture(params=["8.6.1", "10.3.0"])
-def pair(
-    real_bundle: Path | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Runner, Runner]]:
-    """A bundle on an engine, of fakes of two versions (or once of the real thing, where there is a GPU), and on onnxruntime."""
-    if real_bundle is None:
-        bundle, fake = request.getfixturevalue("bundle"), install(monkeypatch, request.param)
-        monkeypatch.setattr(device_memory, "BUCKET", 16)
-        add_engine(bundle, version=fake.__version__, integers="int64" if fake.modern else "int32")
-    elif request.param == "8.6.1":
-        bundle = real_bundle
-    else:
-        pytest.skip("the version that is installed runs, once")
-    with load(bundle, "tensorrt") as on_gpu:
-        yield on_gpu, load(bundle, "onnxruntime", threads=2, native=False)
-    clear_caches()
 
 
 # The same results as onnxruntime's
@@ -206,12 +126,6 @@ def test_any_sequences_grow_as_on_onnxruntime(
 # What moves, and what is waited for
 
 
-@pytest.fixture
-def runner_on_fake(engine: Path, bundle: Path) -> Iterator[Runner]:
-    with load(bundle, "tensorrt") as runner:
-        yield runner
-
-
 def test_a_token_costs_one_wait_and_a_few_bytes(runner_on_fake: Runner, fake: FakeTensorRT) -> None:
     graph, moved = runner_on_fake.graph, fake.cuda.moved
     generation = runner_on_fake.generate(PROMPTS[:3], 60, ignore_eos=True)
@@ -258,11 +172,13 @@ def test_few_tokens_run_on_their_own_plan(runner_on_fake: Runner, fake: FakeTens
 
 
 @pytest.mark.parametrize("host_inputs", [(), ("n_loops",)])
-def test_a_model_without_experts_has_one_plan(bundle: Path, fake: FakeTensorRT, host_inputs: tuple[str, ...]) -> None:
-    add_engine(bundle, few_tokens=None, cuda_graph=not host_inputs, host_inputs=host_inputs)
-    with load(bundle, "tensorrt") as runner:
+def test_a_model_without_experts_has_one_plan(
+    own_bundle: Path, fake: FakeTensorRT, host_inputs: tuple[str, ...]
+) -> None:
+    add_engine(own_bundle, few_tokens=None, cuda_graph=not host_inputs, host_inputs=host_inputs)
+    with load(own_bundle, "tensorrt") as runner:
         got = runner.generate(PROMPTS[:2], 10, n_loops=[2, 3], ignore_eos=True).complete().ids
-    assert got == load(bundle, "onnxruntime", native=False).generate(
+    assert got == load(own_bundle, "onnxruntime", native=False).generate(
         PROMPTS[:2], 10, n_loops=[2, 3], ignore_eos=True
     ).complete().ids  # fmt: skip
     assert len(fake.engines) == 1
@@ -280,3 +196,126 @@ def test_decode_is_captured_once_a_shape_and_again_when_the_cache_grows(
     assert captures == 3
     assert calls["cudaGraphLaunch"] == 39 - captures
     assert calls["cudaGraphExecDestroy"] >= captures - 1
+
+
+def test_a_step_that_cannot_be_captured_runs_plainly(
+    engine: Path, own_bundle: Path, fake: FakeTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.fails.add("capture")
+    with load(own_bundle, "tensorrt") as runner:
+        got = [runner.generate(PROMPTS[0], 10, ignore_eos=True).complete().ids for _ in range(2)]
+    assert (
+        got
+        == [load(own_bundle, "onnxruntime", native=False).generate(PROMPTS[0], 10, ignore_eos=True).complete().ids] * 2
+    )
+    assert [record.message for record in caplog.records if "CUDA graph" in record.message] == [
+        "decode runs without a CUDA graph: tensorrt 8.6.1 refuses to run a step: it was told to fail"
+    ]
+    assert not fake.cuda.graphs
+
+
+def test_an_engine_that_forbids_it_is_never_captured(own_bundle: Path, fake: FakeTensorRT) -> None:
+    add_engine(own_bundle, cuda_graph=False)
+    with load(own_bundle, "tensorrt") as runner:
+        runner.generate(PROMPTS[0], 10, ignore_eos=True).complete()
+    assert not fake.cuda.calls["cudaStreamBeginCapture"]
+
+
+# Several at once, and the end of it
+
+
+def test_generations_in_turn_do_not_disturb_each_other(runner_on_fake: Runner, own_bundle: Path) -> None:
+    on_cpu = load(own_bundle, "onnxruntime", native=False)
+    generations = [runner_on_fake.generate(prompt, 20, ignore_eos=True) for prompt in PROMPTS]
+    for _ in range(20):
+        for generation in generations:
+            next(generation)
+    assert [generation.ids for generation in generations] == [
+        on_cpu.generate(prompt, 20, ignore_eos=True).complete().ids for prompt in PROMPTS
+    ]
+
+
+def test_two_runners_in_threads(engine: Path, own_bundle: Path) -> None:
+    want = load(own_bundle, "onnxruntime", native=False).generate(PROMPTS[:2], 20, ignore_eos=True).complete().ids
+    runners, results = [load(own_bundle, "tensorrt") for _ in range(2)], []
+
+    def work(runner: Runner) -> None:
+        for _ in range(3):
+            results.append(runner.generate(PROMPTS[:2], 20, ignore_eos=True).complete().ids)
+
+    threads = [threading.Thread(target=work, args=(runner,)) for runner in runners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == [want] * 6
+    for runner in runners:
+        runner.close()
+
+
+def test_closing_frees_everything(engine: Path, own_bundle: Path, fake: FakeTensorRT) -> None:
+    runner = load(own_bundle, "tensorrt")
+    session, generation = runner.session(2), runner.generate(PROMPTS[0], 20)
+    session.advance([[1], [2]])
+    next(generation)
+    runner.close()
+    runner.close()
+    assert fake.cuda.allocated == 0
+    with pytest.raises(BackendError, match="closed"):
+        session.advance([[3], [4]])
+    with pytest.raises(BackendError, match="the runner is closed; load the bundle again"):
+        runner.generate(PROMPTS[0], 2).complete()
+
+
+def test_what_is_forgotten_is_freed(engine: Path, own_bundle: Path, fake: FakeTensorRT) -> None:
+    runner = load(own_bundle, "tensorrt")
+    idle = fake.cuda.allocated
+    generation = runner.generate(PROMPTS[0], 20, ignore_eos=True)
+    next(generation)
+    assert fake.cuda.allocated > idle
+    generation.complete()
+    grown = fake.cuda.allocated  # the staging stays
+    runner.generate(PROMPTS[0], 20, ignore_eos=True).complete()
+    assert fake.cuda.allocated == grown
+    abandoned = runner.generate(PROMPTS[0], 20, ignore_eos=True)
+    next(abandoned)
+    del abandoned
+    gc.collect()
+    assert fake.cuda.allocated == grown
+    del runner, generation
+    gc.collect()
+    assert (fake.cuda.allocated, len(fake.cuda.host)) == (0, 0)
+
+
+def test_a_cancelled_generation_leaves_the_runner_as_it_was(runner_on_fake: Runner, fake: FakeTensorRT) -> None:
+    whole = runner_on_fake.generate(PROMPTS[0], 20, ignore_eos=True).complete().ids
+    before = fake.cuda.allocated
+    generation = runner_on_fake.generate(PROMPTS[0], 20, ignore_eos=True)
+    for _ in range(5):
+        next(generation)
+    generation.cancel()
+    assert (list(generation), generation.finish_reasons, generation.ids) == ([], ["cancelled"], whole[:5])
+    assert fake.cuda.allocated == before
+    assert runner_on_fake.generate(PROMPTS[0], 20, ignore_eos=True).complete().ids == whole
+
+
+def test_a_stopped_step_is_not_begun(runner_on_fake: Runner, fake: FakeTensorRT) -> None:
+    session = runner_on_fake.session(1)
+    session.advance([[1, 2, 3]])
+    steps = sum(len(engine.shapes_run) for engine in fake.engines)
+    session.stop.set()
+    with pytest.raises(Cancelled):
+        session.advance([[4]])
+    assert sum(len(engine.shapes_run) for engine in fake.engines) == steps
+    np.testing.assert_array_equal(session.past_len, [3])
+
+
+def test_a_failed_step_changes_nothing(runner_on_fake: Runner, fake: FakeTensorRT) -> None:
+    session, other = runner_on_fake.session(1), runner_on_fake.session(1)
+    for each in (session, other):
+        each.advance([[1, 2, 3]])
+    fake.fails.add("step")
+    with pytest.raises(BackendError, match=r"tensorrt 8\.6\.1 refuses to run a step: it was told to fail"):
+        session.advance([[4]])
+    fake.fails.clear()
+    np.testing.assert_array_equal(session.advance([[4]])[0], other.advance([[4]])[0])
