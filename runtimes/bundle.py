@@ -21,7 +21,7 @@ import msgspec
 
 from runtimes.errors import BundleError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a manifest is a few KB
 _BLOCK = 1 << 20
