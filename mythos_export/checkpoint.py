@@ -24,8 +24,9 @@ from torch import Tensor
 from mythos_export.config import ConfigError, ModelConfig
 from mythos_export.families import open_mythos
 from mythos_export.families.open_mythos import Settings
-from runtimes.bundle import Source, sha256_of
+from runtimes.bundle import Source
 from runtimes.errors import MythosError
+from runtimes.folder_writer import sha256_of
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+|(?:_fsdp_wrapped_module|_orig_mod)\.")
 _FLOAT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}

@@ -12,8 +12,9 @@ from pathlib import Path
 from calibration.text import Window, read_documents, windows
 from mythos_export.divergence import Comparison, Progress, Quality, Scorer, compare, perplexity
 from runtimes.backend import Float32
-from runtimes.bundle import MANIFEST, sha256_of
+from runtimes.bundle import MANIFEST
 from runtimes.errors import InputError
+from runtimes.folder_writer import sha256_of
 from runtimes.runner import Runner, load
 from runtimes.session import check_n_loops
 

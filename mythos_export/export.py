@@ -18,9 +18,10 @@ from mythos_export.families.open_mythos import Pack
 from mythos_export.model import Decoder
 from mythos_export.overloads import DEQUANTIZED, PORTABLE
 from mythos_export.trace import DATA_TYPES, Parameter, Traced, store_reduced, trace
-from runtimes.bundle import FORMAT_VERSION, BundleWriter, Graph, HashedFile, Manifest
+from runtimes.bundle import FORMAT_VERSION, BundleWriter, Graph, Manifest
 from runtimes.cache import CACHE_DTYPES
 from runtimes.errors import InputError
+from runtimes.folder_writer import HashedFile
 
 GRAPH_FILE = "decoder.onnx"
 WIDE_GRAPH_FILE = "decoder.float32.onnx"

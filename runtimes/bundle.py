@@ -6,33 +6,18 @@ it names must lie inside the folder, be no link, and have the size and sha256 th
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from runtimes.errors import BundleError
+from runtimes.folder_writer import PARTIAL, FileEntry, FolderWriter, sha256_of
 
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a manifest is a few KB
-_BLOCK = 1 << 20
-_PARTIAL = ".partial-"  # of a bundle being written: .NAME.partial-…-PID beside the target
-
-
-class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Size in bytes and sha256 (hex) of one file."""
-
-    size: int
-    sha256: str
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -108,15 +93,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parity: Parity | None = None
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def open_bundle(path: str | Path) -> tuple[Path, Manifest]:
     """Checks a bundle and returns its folder and manifest. Raises BundleError, naming the file and the fix."""
     folder = Path(path)
@@ -187,7 +163,7 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
 
 def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
     """Replaces manifest.json of an existing bundle in one step."""
-    partial = folder / f".{MANIFEST}{_PARTIAL}{os.getpid()}"
+    partial = folder / f".{MANIFEST}{PARTIAL}{os.getpid()}"
     try:
         partial.write_bytes(_encode(manifest))
         partial.replace(folder / MANIFEST)
@@ -200,165 +176,13 @@ def _encode(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 
-class HashedFile:
-    """A file being written, its sha256 and size kept on the way."""
+class BundleWriter(FolderWriter):
+    """Writes a bundle that appears whole or not at all; see FolderWriter. force replaces bundles and empty folders."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.size = 0
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self.file.write(data)
-        self._digest.update(data)
-        self.size += len(data) if isinstance(data, bytes) else data.nbytes
-
-    def pad_to(self, alignment: int) -> None:
-        self.write(bytes(-self.size % alignment))
-
-    @property
-    def entry(self) -> FileEntry:
-        return FileEntry(self.size, self._digest.hexdigest())
-
-
-class BundleWriter:
-    """Writes a bundle that appears whole or not at all.
-
-    Files have no name until commit (O_TMPFILE), so a killed export leaves nothing behind; where the file system cannot do
-    that, they stand in a folder .NAME.partial-…-PID beside the target, which the next export to it removes. Raises BundleError
-    where the target exists (unless force, and then only a bundle or an empty folder is replaced) or the disk is full.
-    """
-
-    def __init__(self, target: str | Path, *, force: bool = False, needed_bytes: int = 0) -> None:
-        self.target = Path(os.path.abspath(target))
-        self._files: dict[str, HashedFile] = {}
-        self._stage: Path | None = None
-        try:
-            self._remove_leftovers()
-            self._check_target(force)
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.target.parent).free
-        except OSError as error:
-            raise BundleError(f"{self.target}: cannot be written there: {error}; choose another folder") from error
-        if free < needed_bytes:
-            raise BundleError(
-                f"{self.target}: the bundle needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; "
-                "free some space or choose another folder"
-            )
-
-    def _check_target(self, force: bool) -> None:
-        if not os.path.lexists(self.target):
-            return
-        if not force:
-            raise BundleError(
-                f"{self.target}: exists already; choose another folder or pass --force to replace the bundle"
-            )
-        replaceable = self.target.is_dir() and not self.target.is_symlink()
-        if not replaceable or (any(self.target.iterdir()) and not (self.target / MANIFEST).is_file()):
-            raise BundleError(
-                f"{self.target}: exists and is not a bundle; --force replaces bundles and empty folders only"
-            )
-
-    def _remove_leftovers(self) -> None:
-        if not self.target.parent.is_dir():
-            return
-        mine = f".{self.target.name}{_PARTIAL}"
-        for leftover in [path for path in self.target.parent.iterdir() if path.name.startswith(mine)]:
-            kind, _, pid = leftover.name.removeprefix(mine).rpartition("-")
-            if not pid.isdecimal() or (int(pid) != os.getpid() and _alive(int(pid))):
-                continue
-            if kind == "old" and not self.target.exists():
-                leftover.rename(self.target)  # killed between moving the old bundle aside and naming the new one
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
-
-    def __enter__(self) -> BundleWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for hashed in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk fails again at the last flush
-                hashed.file.close()
-        if self._stage is not None:
-            shutil.rmtree(self._stage, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise BundleError(
-                f"{self.target}: the disk is full ({error.strerror}); nothing was left behind, free some space and export again"
-            ) from error
-
-    def create(self, name: str) -> HashedFile:
-        """A new file of the bundle, to be written in sequence."""
-        self._files[name] = HashedFile(self._open(name))
-        return self._files[name]
-
-    def _open(self, name: str) -> BinaryIO:
-        if hasattr(os, "O_TMPFILE"):
-            try:
-                handle = os.open(self.target.parent, os.O_TMPFILE | os.O_RDWR, 0o644)
-                return os.fdopen(handle, "w+b", buffering=_BLOCK)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                    raise
-        path = self._staged(name)
-        return path.open("w+b", buffering=_BLOCK)
-
-    def _staged(self, name: str) -> Path:
-        """Where a file stands before the bundle has its name; the folder is made when first needed."""
-        if self._stage is None:
-            unique = f"{secrets.token_hex(4)}-{os.getpid()}"
-            self._stage = self.target.with_name(f".{self.target.name}{_PARTIAL}{unique}")
-            self._stage.mkdir()
-        path = self._stage / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+    kind, marker = "bundle", MANIFEST
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Names the files, writes the manifest with their checksums, and puts the bundle in its place."""
         manifest = msgspec.structs.replace(manifest, files={name: file.entry for name, file in self._files.items()})
-        self.create(MANIFEST).write(_encode(manifest))
-        for name, hashed in self._files.items():
-            hashed.file.flush()
-            os.fsync(hashed.file.fileno())
-            path = self._staged(name)
-            if not path.exists():
-                _give_name(hashed.file.fileno(), path)
-        with _moved_aside(self.target):
-            self._staged(MANIFEST).parent.rename(self.target)
+        self._put_in_place(_encode(manifest))
         return manifest
-
-
-def _give_name(handle: int, path: Path) -> None:
-    """Links an unnamed file into a folder. Python follows the /proc link only where a folder descriptor is given, too."""
-    folder = os.open(path.parent, os.O_DIRECTORY)
-    try:
-        os.link(f"/proc/self/fd/{handle}", path.name, dst_dir_fd=folder, follow_symlinks=True)
-    finally:
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def _moved_aside(target: Path) -> Iterator[None]:
-    """Makes room for a new bundle; the old one goes once the new one stands, and comes back where that fails."""
-    if not target.exists():
-        yield
-        return
-    old = target.with_name(f".{target.name}{_PARTIAL}old-{os.getpid()}")
-    target.rename(old)
-    try:
-        yield
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

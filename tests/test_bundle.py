@@ -19,8 +19,9 @@ import mythos_export.export
 from mythos_export.checkpoint import load_checkpoint
 from mythos_export.export import export_bundle
 from mythos_export.trace import Traced, trace
-from runtimes.bundle import BundleWriter, HashedFile, open_bundle, rewrite_manifest
+from runtimes.bundle import BundleWriter, open_bundle, rewrite_manifest
 from runtimes.errors import BackendError, BundleError, MythosError
+from runtimes.folder_writer import HashedFile
 from runtimes.runner import load
 
 FILES = ("decoder.onnx", "weights.bin", "tokenizer.json")
@@ -370,7 +371,7 @@ def test_force_replaces_nothing_but_bundles(home, bundle, write, kind):
         target.symlink_to(bundle if kind == "link" else home / "nowhere")
     before = content(home)
     with pytest.raises(
-        BundleError, match="target: exists and is not a bundle; --force replaces bundles and empty folders only"
+        BundleError, match="target: exists and is no bundle; --force replaces bundles and empty folders only"
     ):
         write(target, force=True)
     assert content(home) == before

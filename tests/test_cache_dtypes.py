@@ -31,9 +31,10 @@ from mythos_export.trace import trace
 from mythos_export.verify import verify_bundle
 from runtimes import native_operators
 from runtimes.backend import StepInput
-from runtimes.bundle import MANIFEST, open_bundle, sha256_of
+from runtimes.bundle import MANIFEST, open_bundle
 from runtimes.cache import BLOCK, Cache
 from runtimes.errors import BackendError, BundleError, InputError
+from runtimes.folder_writer import sha256_of
 from runtimes.runner import Runner, load
 
 TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8}

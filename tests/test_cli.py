@@ -62,7 +62,7 @@ def test_verify_fails_beyond_tolerance(bundle: Path, shakespeare: Path) -> None:
     weights[3] ^= 0x01  # one exponent bit of the first embedding
     (bundle / "weights.bin").write_bytes(weights)
     manifest = json.loads((bundle / MANIFEST).read_bytes())
-    from runtimes.bundle import sha256_of
+    from runtimes.folder_writer import sha256_of
 
     manifest["files"]["weights.bin"]["sha256"] = sha256_of(bundle / "weights.bin")
     (bundle / MANIFEST).write_text(json.dumps(manifest))

@@ -28,8 +28,9 @@ from mythos_export.quantize.plan import Plan, make_plan, matrix_table
 from mythos_export.quantize.recipe import Recipe, load_recipe
 from mythos_export.quantize.weights import mapped, stored_tensors
 from mythos_export.trace import trace
-from runtimes.bundle import BundleWriter, HashedFile, Manifest, open_bundle
+from runtimes.bundle import BundleWriter, Manifest, open_bundle
 from runtimes.errors import InputError
+from runtimes.folder_writer import HashedFile
 
 _SMALL_FILES = 32 * 2**20
 

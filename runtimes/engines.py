@@ -1,0 +1,315 @@
+"""Engines of a bundle: what TensorRT made of its graph for one version and one GPU. Schema, checks, atomic writing.
+
+They stand in engines/<key>/ beside the bundle's files and are not in its manifest: an engine belongs to a machine, the bundle does
+not. engine.json names the graph and the weights an engine was made from, by sha256, and the sha256 of every plan: no byte of a plan
+reaches TensorRT before it was compared (deserializing a foreign plan runs code in it).
+
+Engines hold no float weights: each is an input of the network, which the runner binds to memory it uploads once from the bundle's
+weights, shared by all plans. Quantized matrices are constants inside the plans.
+
+A plan is an inference graph over one step, inputs and outputs named as in StepInput and StepOutput, with `next_token` [B, k] (the
+largest logit's id, the lowest among equals) and `next_logprob` [B, k] float32 (its natural log-probability) beside them, and an
+input for every Weight. Its cache is past_kv [slots, B, C, W] with all C rows read under a mask.
+
+Shape letters: B batch, C capacity of the cache, W its width, k logit positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from runtimes import tensorrt_api
+from runtimes.bundle import Manifest
+from runtimes.errors import BundleError
+from runtimes.folder_writer import FolderWriter
+
+FORMAT_VERSION = 1
+FOLDER = "engines"  # of a bundle
+METADATA = "engine.json"
+_METADATA_LIMIT = 64 * 2**20  # bytes; engine.json is some 100 KB
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,200}")
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a dimension may be, and the value a profile is tuned for."""
+
+    min: Positive
+    opt: Positive
+    max: Positive
+
+    def __contains__(self, value: int) -> bool:
+        return self.min <= value <= self.max
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An optimization profile: "decode" (one new token) or "prefill". Ranges of the dimensions B (batch), new tokens (seq), C
+    (capacity), slots, and logit positions (k)."""
+
+    name: Literal["decode", "prefill"]
+    batch: Range
+    seq: Range
+    capacity: Range
+    slots: Range
+    k: Range
+
+
+class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A float weight: input `name` of the plans (the ONNX graph's initializer of that name), its bytes at offset of the bundle's
+    file, of dtype `stored` there and of `dtype` in the engine."""
+
+    name: str
+    file: str
+    offset: NotNegative
+    size: NotNegative
+    stored: Dtype
+    dtype: Dtype
+    shape: tuple[NotNegative, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return self.size // _SIZES[self.stored]
+
+    @property
+    def device_bytes(self) -> int:
+        """Its size in the engine's dtype."""
+        return self.elements * _SIZES[self.dtype]
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One serialized engine file.
+
+    form: "few_tokens" gathers the chosen experts of each token, "many_tokens" computes all experts; a model without experts has the
+    latter only. max_tokens: most new tokens (batch × seq) of a step it is meant for; None where only its profiles limit it.
+    profiles: in the engine's order. layers: file of the layer report. activation_bytes: device memory of one execution context.
+    """
+
+    file: str
+    form: Literal["few_tokens", "many_tokens"]
+    max_tokens: Positive | None
+    profiles: tuple[Profile, ...]
+    size: Positive
+    sha256: str
+    layers: str
+    activation_bytes: NotNegative
+
+
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """engine.json: plans of one bundle for one TensorRT version and GPU.
+
+    backend, version: the library ("tensorrt" or "tensorrt-rtx") and its version (major.minor.patch). device: the GPU's name, ""
+    where it was built without one. compute_capabilities: like "9.0". graph_file, graph_sha256, weights_sha256: what of the bundle it was
+    made from. dtype: of the matrix products; cache_dtype: of past_kv and new_kv. integers: dtype of all integer inputs and outputs.
+    host_inputs: inputs that TensorRT reads from host memory. cuda_graph: whether a step may be captured. build_seconds: wall clock.
+    """
+
+    format: Literal["mythos-engine"]
+    format_version: int
+    producer: str
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+    device: str
+    compute_capabilities: tuple[str, ...]
+    graph_file: str
+    graph_sha256: str
+    weights_sha256: dict[str, str]
+    dtype: Dtype
+    cache_dtype: Dtype
+    integers: Literal["int32", "int64"]
+    host_inputs: tuple[str, ...]
+    cuda_graph: bool
+    weights: tuple[Weight, ...]
+    plans: tuple[Plan, ...]
+    build_seconds: float
+
+
+def engine_key(backend: str, version: str, compute_capabilities: tuple[str, ...], device: str, dtype: str) -> str:
+    """Folder name of an engine, like "tensorrt-8.6.1-sm90-NVIDIA-H100-80GB-HBM3-float16"."""
+    architectures = [f"sm{capability.replace('.', '')}" for capability in compute_capabilities]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", device).strip("-")
+    return "-".join(part for part in (backend, version, *architectures, name, dtype) if part)
+
+
+def list_engines(folder: Path) -> list[tuple[Path, Engine | BundleError]]:
+    """Engines of the bundle in a folder, by name: each with its metadata, or with why that cannot be used. Plans are not read."""
+    home = folder / FOLDER
+    if home.is_symlink():
+        return [(home, BundleError(f"{home}: is a link; engines are used from the bundle's own folder only"))]
+    if not home.is_dir():
+        return []
+    paths = sorted(
+        path for path in home.iterdir() if not path.name.startswith(".") and (path.is_dir() or path.is_symlink())
+    )
+    engines: list[tuple[Path, Engine | BundleError]] = []
+    for path in paths:
+        try:
+            engines.append((path, read_engine(path)))
+        except BundleError as error:
+            engines.append((path, error))
+    return engines
+
+
+def read_engine(folder: Path) -> Engine:
+    """engine.json of an engine's folder. Raises BundleError for one that is damaged or of another format version."""
+    path = folder / METADATA
+    _refuse_links(folder, METADATA)
+    try:
+        if path.stat().st_size > _METADATA_LIMIT:
+            raise BundleError(f"{path}: {path.stat().st_size} bytes, more than {METADATA} can have; {_REBUILD}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error}; {_REBUILD}") from error
+    try:
+        head = msgspec.json.decode(data)
+        if not isinstance(head, dict) or head.get("format") != "mythos-engine":
+            raise BundleError(f'{path}: "format" is not "mythos-engine"; {_REBUILD}')
+        if head.get("format_version") != FORMAT_VERSION:
+            raise BundleError(
+                f"{path}: format version {head.get('format_version')}, this release reads {FORMAT_VERSION}; {_REBUILD}"
+            )
+        engine = msgspec.json.decode(data, type=Engine)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BundleError(f"{path}: damaged: {error}; {_REBUILD}") from error
+    _check_consistent(path, engine)
+    return engine
+
+
+_REBUILD = "build it again with `mythos-export build --force`"
+
+
+def _check_consistent(path: Path, engine: Engine) -> None:
+    files = [name for plan in engine.plans for name in (plan.file, plan.layers)]
+    unsafe = [name for name in files if not _PLAIN_NAME.fullmatch(name)]
+    if unsafe:
+        raise BundleError(f"{path}: names {unsafe[0][:80]!r}, which is no plain file name; do not use this engine")
+    ranges = [
+        part
+        for plan in engine.plans
+        for profile in plan.profiles
+        for part in (profile.batch, profile.seq, profile.capacity, profile.slots, profile.k)
+    ]
+    forms = [plan.form for plan in engine.plans]
+    facts = (
+        (forms in (["many_tokens"], ["few_tokens", "many_tokens"], ["many_tokens", "few_tokens"]), "its plans' forms"),
+        (all(plan.profiles for plan in engine.plans), "a plan without profiles"),
+        (all(part.min <= part.opt <= part.max for part in ranges), "a range that is none"),
+        (len({weight.name for weight in engine.weights}) == len(engine.weights), "a weight named twice"),
+        (all(_fits_shape(weight) for weight in engine.weights), "a weight whose size is not that of its shape"),
+        (all(re.fullmatch(r"\d+\.\d+", text) for text in engine.compute_capabilities), "its compute capabilities"),
+    )
+    for ok, what in facts:
+        if not ok:
+            raise BundleError(f"{path}: contradicts itself: {what}; {_REBUILD}")
+
+
+def _fits_shape(weight: Weight) -> bool:
+    elements = 1
+    for length in weight.shape:
+        elements *= length
+    return weight.size == elements * _SIZES[weight.stored]
+
+
+def check_source(folder: Path, engine: Engine, manifest: Manifest) -> None:
+    """Raises BundleError unless an engine (its folder is named in messages) was made from this very bundle, and its weights lie
+    within the bundle's files."""
+    graph = manifest.files.get(engine.graph_file)
+    if graph is None or graph.sha256 != engine.graph_sha256:
+        raise BundleError(f"{folder}: stale: {engine.graph_file} is not the graph it was built from; {_REBUILD}")
+    for name, sha256 in engine.weights_sha256.items():
+        if name not in manifest.files or manifest.files[name].sha256 != sha256:
+            raise BundleError(f"{folder}: stale: {name} does not hold the weights it was built from; {_REBUILD}")
+    for weight in engine.weights:
+        inside = weight.file in engine.weights_sha256 and (
+            weight.offset + weight.size <= manifest.files[weight.file].size
+        )
+        if not inside:
+            raise BundleError(f"{folder}: weight {weight.name!r} lies outside {weight.file!r}; do not use this engine")
+
+
+def read_plan(folder: Path, engine: Engine, plan: Plan) -> bytes:
+    """A plan's bytes, compared with its size, sha256 and header first. Raises BundleError where they differ."""
+    path = folder / plan.file
+    _refuse_links(folder, plan.file)
+    try:
+        size = path.stat().st_size
+        if size != plan.size:
+            raise BundleError(f"{path}: {size} bytes, {METADATA} says {plan.size}; copy the engine again or {_REBUILD}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error}; copy the engine again or {_REBUILD}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != plan.sha256:
+        raise BundleError(
+            f"{path}: sha256 {digest[:16]}… does not match {METADATA}'s {plan.sha256[:16]}…: the file was changed or damaged; "
+            f"copy the engine again or {_REBUILD}"
+        )
+    problem = tensorrt_api.header_problem(engine.backend, data)
+    if problem is not None:
+        raise BundleError(f"{path}: {problem}; {_REBUILD}")
+    return data
+
+
+def check(folder: Path, engine: Engine, manifest: Manifest) -> None:
+    """Everything that can be checked without TensorRT: source, sizes, hashes, headers, links, layer reports. Raises BundleError."""
+    check_source(folder, engine, manifest)
+    for plan in engine.plans:
+        read_plan(folder, engine, plan)
+        _refuse_links(folder, plan.layers)
+        if not (folder / plan.layers).is_file():
+            raise BundleError(f"{folder / plan.layers}: missing; copy the engine again or {_REBUILD}")
+
+
+def fits(engine: Engine, version: str, compute_capability: str, device: str) -> str | None:
+    """Why an engine cannot run with a library of this version on this GPU; None where it can."""
+    if _release(engine.version) != _release(version):
+        return f"built with {engine.backend} {engine.version}, {version} is installed"
+    if compute_capability not in engine.compute_capabilities:
+        built = ", ".join(engine.compute_capabilities)
+        return f"built for compute capability {built}, this GPU ({device}) has {compute_capability}"
+    if engine.device and engine.device != device:
+        return f"built on {engine.device}, this GPU is {device}"
+    return None
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """major.minor.patch: what decides whether a plan can be read."""
+    return tuple(version.split(".")[:3])
+
+
+def _refuse_links(folder: Path, name: str) -> None:
+    for path in (folder.parent, folder, folder / name):
+        if path.is_symlink():
+            raise BundleError(f"{path}: is a link; an engine holds plain files only, copy the file in its place")
+
+
+class EngineWriter(FolderWriter):
+    """Writes engines/<key>/ of the bundle in a folder; the engine appears whole or not at all. force: replace one of that key.
+
+    Files (plans, layer reports) come from create(name); commit(engine) ends it. Used as a context manager. Raises BundleError where
+    the engine exists already, or the disk is full.
+    """
+
+    kind, marker = "engine", METADATA
+
+    def __init__(self, folder: Path, key: str, *, force: bool = False) -> None:
+        if not _PLAIN_NAME.fullmatch(key):
+            raise BundleError(f"{key!r} is no name for an engine; expected letters, digits, dots and dashes")
+        super().__init__(folder / FOLDER / key, force=force)
+
+    def commit(self, engine: Engine) -> None:
+        """Writes engine.json and puts the engine in its place."""
+        missing = {name for plan in engine.plans for name in (plan.file, plan.layers)} - set(self._files)
+        if missing:
+            raise BundleError(f"{self.target}: {', '.join(sorted(missing))} was never written")
+        _check_consistent(self.target / METADATA, engine)
+        self._put_in_place(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")

@@ -1,0 +1,150 @@
+"""The one place that knows how TensorRT 8.6, 10, 11 and TensorRT-RTX differ.
+
+Imports no TensorRT until find() is called: a machine without it runs everything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from runtimes.errors import BackendError
+
+BACKENDS = ("tensorrt", "tensorrt-rtx")
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_REMEDIES = {
+    "tensorrt": "install JetPack's python3-libnvinfer, or run: pip install 'mythos-export[tensorrt]'",
+    "tensorrt-rtx": "run: pip install 'mythos-export[tensorrt-rtx]'",
+}
+_PLAN_TAG = b"ftrt"  # how plans of TensorRT begin, as NVIDIA's trtexec (open source) checks them
+_log = logging.getLogger("mythos_export.tensorrt")
+
+
+class Capabilities(NamedTuple):
+    """What a version can do. strongly_typed: networks compute in the types the graph says, as all do here from TensorRT 10 on.
+    int64, bfloat16, int4, fp8: types it has. explicit_batch_flag: networks must be created with EXPLICIT_BATCH.
+    progress_monitor: IProgressMonitor exists."""
+
+    strongly_typed: bool
+    int64: bool
+    bfloat16: bool
+    int4: bool
+    fp8: bool
+    explicit_batch_flag: bool
+    progress_monitor: bool
+
+
+def capabilities_of(backend: str, version: str, has_progress_monitor: bool) -> Capabilities:
+    """Capabilities of a version "major.minor.patch"; every TensorRT-RTX has what TensorRT 10 has."""
+    major = 10 if backend == "tensorrt-rtx" else int(version.partition(".")[0])
+    return Capabilities(
+        strongly_typed=major >= 10,
+        int64=major >= 10,
+        bfloat16=major >= 9,
+        int4=major >= 10,
+        fp8=major >= 10,
+        explicit_batch_flag=major < 10,
+        progress_monitor=has_progress_monitor,
+    )
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported TensorRT. module: tensorrt or tensorrt_rtx; version: major.minor.patch; logger: of everything made with it."""
+
+    backend: str
+    module: Any
+    version: str
+    capabilities: Capabilities
+    logger: Any
+
+    def deserialize(self, plan: bytes) -> DeserializedPlan:
+        """A plan ready for contexts; its bytes must have been checked before. Raises BackendError where TensorRT refuses it."""
+        runtime = self.module.Runtime(self.logger)
+        self.logger.last_error = ""
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            reason = self.logger.last_error or "it gives no reason"
+            raise BackendError(f"{self.backend} {self.version} refuses the plan: {reason}")
+        return DeserializedPlan(self, runtime, engine)
+
+
+class DeserializedPlan:
+    """An ICudaEngine and the IRuntime it lives by."""
+
+    def __init__(self, tensorrt: TensorRT, runtime: Any, engine: Any) -> None:
+        self._tensorrt, self._runtime, self.engine = tensorrt, runtime, engine
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that a context needs."""
+        if hasattr(self.engine, "device_memory_size_v2"):  # from 10.1 on
+            return int(self.engine.device_memory_size_v2)
+        return int(self.engine.device_memory_size)
+
+    def new_context(self, address: int, size: int) -> Any:
+        """An IExecutionContext whose activations live at a device address (256-byte aligned, of at least activation_bytes)."""
+        module = self._tensorrt.module
+        if hasattr(module, "ExecutionContextAllocationStrategy"):  # from 10.0 on
+            context = self.engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        else:
+            context = self.engine.create_execution_context_without_device_memory()
+        if context is None:
+            reason = self._tensorrt.logger.last_error or "it gives no reason"
+            raise BackendError(f"{self._tensorrt.backend} made no execution context: {reason}")
+        if hasattr(context, "set_device_memory"):  # from 10.1 on
+            context.set_device_memory(address, size)
+        else:
+            context.device_memory = address
+        return context
+
+
+@cache
+def find(backend: str) -> TensorRT:
+    """TensorRT or TensorRT-RTX, imported once. Raises BackendError, with what to install, where it cannot be."""
+    name = _MODULES[backend]
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, OSError) as error:  # OSError: a library that it loads is missing
+        raise BackendError(f"the Python module {name} cannot be imported ({error}); {_REMEDIES[backend]}") from error
+    if not hasattr(module, "Runtime"):
+        raise BackendError(f"the Python module {name} holds no TensorRT; {_REMEDIES[backend]}")
+    version = ".".join(str(module.__version__).split(".")[:3])
+    capabilities = capabilities_of(backend, version, hasattr(module, "IProgressMonitor"))
+    return TensorRT(backend, module, version, capabilities, _logger(module))
+
+
+def _logger(module: Any) -> Any:
+    """TensorRT's messages in Python's logging, as mythos_export.tensorrt; the last error is kept for exceptions."""
+    levels = {
+        module.ILogger.INTERNAL_ERROR: logging.ERROR,
+        module.ILogger.ERROR: logging.ERROR,
+        module.ILogger.WARNING: logging.INFO,  # nearly all are of no use to who runs a bundle
+        module.ILogger.INFO: logging.DEBUG,
+        module.ILogger.VERBOSE: logging.NOTSET,
+    }
+
+    class Logger(module.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)  # pybind11 wants the base by name
+            self.last_error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity, logging.DEBUG)
+            if level == logging.ERROR:
+                self.last_error = message
+                _log.debug("%s", message)  # whoever meets it raises it
+            elif level:
+                _log.log(level, "%s", message)
+
+    return Logger()
+
+
+def header_problem(backend: str, plan: bytes) -> str | None:
+    """What shows that these bytes are no plan of this backend; None where nothing does. Only TensorRT's tag is known."""
+    if backend == "tensorrt" and not plan.startswith(_PLAN_TAG):
+        return f"begins with {plan[:4]!r}, plans of TensorRT with {_PLAN_TAG!r}: this is none"
+    return None
