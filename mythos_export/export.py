@@ -16,6 +16,7 @@ from mythos_export.checkpoint import Checkpoint, CheckpointError, load_checkpoin
 from mythos_export.config import ModelConfig
 from mythos_export.families.open_mythos import Pack
 from mythos_export.model import Decoder
+from mythos_export.overloads import DEQUANTIZED, PORTABLE
 from mythos_export.trace import DATA_TYPES, Parameter, Traced, store_reduced, trace
 from runtimes.bundle import FORMAT_VERSION, BundleWriter, Graph, Manifest
 from runtimes.cache import CACHE_DTYPES
@@ -231,7 +232,7 @@ def _attach(model: ir.Model, parameters: dict[str, Parameter], offsets: dict[str
 
 
 def attach_functions(model: ir.Model) -> None:
-    """Gives the graph the portable bodies of the operators it uses, and no others."""
+    """Gives the graph the bodies of the operators it uses: the one that runs anywhere, and those for engine builders."""
     operators = {operator.name: operator for operator in ops.OPERATORS}
     model.functions.clear()
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
@@ -239,9 +240,12 @@ def attach_functions(model: ir.Model) -> None:
             continue
         operator = operators[node.op_type]
         node.overload = operator.overload_for(value.dtype for value in node.inputs if value is not None)
-        if node.op_identifier() not in model.functions:
-            function = ir.serde.deserialize_function(operator.functions[node.overload])
-            model.functions[function.identifier()] = function
+        if node.op_identifier() in model.functions:
+            continue
+        for overload, proto in operator.functions.items():
+            if overload == node.overload or overload not in (PORTABLE, DEQUANTIZED):
+                function = ir.serde.deserialize_function(proto)
+                model.functions[function.identifier()] = function
     model.opset_imports[ops.DOMAIN] = ops.DOMAIN_VERSION
 
 

@@ -15,7 +15,7 @@ import msgspec
 from runtimes.errors import BundleError
 from runtimes.folder_writer import PARTIAL, FileEntry, FolderWriter, sha256_of
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a manifest is a few KB
 

@@ -12,7 +12,8 @@ from mythos_export.ops import (
     mixture_of_experts,
     recurrent,
 )
-from mythos_export.ops.operator import DOMAIN, DOMAIN_VERSION, OPSET, Operator
+from mythos_export.ops.operator import Operator
+from mythos_export.overloads import DOMAIN, DOMAIN_VERSION, OPSET
 
 OPERATORS: tuple[Operator, ...] = (
     linear.NORMALIZED_LINEAR,

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mythos_export.ops.operator import Operator, Shape, wide
+from mythos_export import overloads
+from mythos_export.ops.operator import Body, Operator, Shape, wide
 from mythos_export.ops.products import SMALLEST
 
 
@@ -127,8 +128,7 @@ _PAST = """
   axis_last = Constant <value_ints = [-1]> ()
   int_0 = Constant <value_int = 0> ()
   int_1 = Constant <value_int = 1> ()
-  past_max = ReduceMax <keepdims = 0> (past_len)
-  past_max_1 = Unsqueeze(past_max, axis_0)
+  {LONGEST}
   seq_scalar = Squeeze(seq, axis_0)
   total = Add(past_max, seq_scalar)
   total_1 = Unsqueeze(total, axis_0)
@@ -146,6 +146,19 @@ _PAST = """
   allowed = Unsqueeze(allowed_w, axis_2)
   past_live = Slice(filled, axis_0, past_max_1, axis_1)
   live = Unsqueeze(past_live, axis_last)
+  {ROWS}
+  {VALUES}
+  empty = Constant <value_float = 0.0> ()
+  empty_t = CastLike(empty, fresh)
+  past = Where(live, past_rows, empty_t)
+"""
+
+# P, and the P rows of this slot: as many as the longest sequence has ...
+_LONGEST = """
+  past_max = ReduceMax <keepdims = 0> (past_len)
+  past_max_1 = Unsqueeze(past_max, axis_0)
+"""
+_ROWS = """
   slot_1 = Reshape(slot, axis_1)
   slot_next = Add(slot_1, axis_1)
   slot_axes = Constant <value_ints = [0, 2]> ()
@@ -153,10 +166,15 @@ _PAST = """
   slot_ends = Concat <axis = 0> (slot_next, past_max_1)
   past_of_slot = Slice(past_kv, slot_starts, slot_ends, slot_axes)
   past_stored = Squeeze(past_of_slot, axis_0)
-  {VALUES}
-  empty = Constant <value_float = 0.0> ()
-  empty_t = CastLike(empty, fresh)
-  past = Where(live, past_rows, empty_t)
+"""
+
+# ... or as many as the cache has room for, in an engine: shapes there must not depend on data.
+_WHOLE = """
+  past_max_1 = Shape <start = 2, end = 3> (past_kv)
+  past_max = Squeeze(past_max_1, axis_0)
+"""
+_WHOLE_ROWS = """
+  past_stored = Gather <axis = 0> (past_kv, slot)
 """
 
 # A sliding window: new columns stand at their sequence's past_len and after it.
@@ -187,9 +205,10 @@ _INT8_VALUES = """
 """
 
 
-def past_text(*, int8: bool, window: bool) -> str:
-    """Statements that give `allowed` and `past`; see above. int8: past_kv holds int8 rows, with past_scale."""
+def past_text(*, int8: bool, window: bool, whole: bool = False) -> str:
+    """Statements that give `allowed` and `past`; see above. int8: past_kv holds int8 rows, with past_scale. whole: P = C."""
     text = _PAST.replace("{WINDOW}", _WINDOW if window else "allowed_w = Identity(allowed_3)")
+    text = text.replace("{LONGEST}", _WHOLE if whole else _LONGEST).replace("{ROWS}", _WHOLE_ROWS if whole else _ROWS)
     return text.replace("{VALUES}", _INT8_VALUES if int8 else "past_rows = CastLike(past_stored, fresh)")
 
 
@@ -271,4 +290,12 @@ def with_int8_cache(operator: Operator, torch_op: Any, body: str) -> Operator:
         torch_op=torch_op,
         infer_shapes=infer_shapes,
         body=body,
+        other_bodies=float_cache_bodies(operator),
     )
+
+
+def float_cache_bodies(operator: Operator) -> dict[str, Body]:
+    """The body for engines of an operator's int8-cache form: as over float rows, which is what caches of engines hold."""
+    engine = operator.other_bodies[overloads.ENGINE]
+    inputs, outputs = (tuple(name for name, _, _ in ports) for ports in (operator.inputs, operator.outputs))
+    return {overloads.ENGINE: Body(engine.text, inputs, outputs)}

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos_export.ops.operator import Operator, rms_norm, wide
+from mythos_export import overloads
+from mythos_export.ops.engine_forms import ENGINE, ENGINE_QUANTIZED
+from mythos_export.ops.operator import Body, Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
     ActivationRounding,
@@ -56,7 +58,7 @@ def quantized_feed_forward(
 
 
 def _body(form: FloatForm) -> str:
-    cast = "CastLike(normed, gate_up)" if form is FLOAT else "Identity(normed)"
+    cast = "CastLike(normed, gate_up)" if type(form) is FloatForm else "Identity(normed)"
     return f"""
   {form.preamble}
   {rms_norm_text("x", "norm", "normed")}
@@ -89,8 +91,13 @@ OPERATOR = Operator(
     torch_op=torch.ops.mythos.feed_forward.default,
     infer_shapes=lambda shapes, _: [list(shapes[0])],
     body=_body(FLOAT),
+    other_bodies={overloads.ENGINE: Body(_body(ENGINE))},
 )
 
 QUANTIZED = quantized(
-    OPERATOR, torch.ops.mythos.quantized_feed_forward.default, _body(QuantizedForm()), weights=("gate_up", "down")
+    OPERATOR,
+    torch.ops.mythos.quantized_feed_forward.default,
+    _body(QuantizedForm()),
+    weights=("gate_up", "down"),
+    other_bodies={overloads.ENGINE: Body(_body(ENGINE_QUANTIZED))},
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mythos_export import overloads
 from mythos_export.ops.cached_attention import (
     ROTATE_HEADS,
     SOFTMAX,
@@ -22,7 +23,7 @@ from mythos_export.ops.cached_attention import (
     store_text,
     with_int8_cache,
 )
-from mythos_export.ops.operator import Operator
+from mythos_export.ops.operator import Body, Operator
 
 
 @torch.library.custom_op("mythos::grouped_query_attention", mutates_args=())
@@ -109,7 +110,7 @@ def _attend(
     return attend_rows(torch.einsum("bshd,blhd->bshl", query * scale, keys), values, allowed).flatten(2), stored
 
 
-def _body(*, int8: bool) -> str:
+def _body(*, int8: bool, whole: bool = False) -> str:
     return f"""
   # sizes; static, so onnxruntime folds them
   n_heads_int = Constant <value_int: int = @n_heads> ()
@@ -153,7 +154,7 @@ def _body(*, int8: bool) -> str:
   query = Reshape(query_by_head, query_shape)
 
   # keys [B, K, D, L] and values [B, K, L, D]
-  {past_text(int8=int8, window=True)}
+  {past_text(int8=int8, window=True, whole=whole)}
   rows = Concat <axis = 1> (past, fresh)
   two = Constant <value_ints = [2]> ()
   rows_shape = Concat <axis = 0> (batch, total_1, two, n_kv_heads_1, head_dim)
@@ -219,6 +220,7 @@ OPERATOR = Operator(
         [*shapes[0][:2], _per_head(shapes[0][2], attributes, 2 * attributes["n_kv_heads"])],
     ],
     body=_body(int8=False),
+    other_bodies={overloads.ENGINE: Body(_body(int8=False, whole=True))},
 )
 
 INT8_CACHE = with_int8_cache(OPERATOR, torch.ops.mythos.grouped_query_attention_int8_cache.default, _body(int8=True))

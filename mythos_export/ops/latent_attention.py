@@ -13,12 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mythos_export import overloads
 from mythos_export.ops.cached_attention import (
     ROTATE_HEADS,
     SOFTMAX,
     Cache,
     CachedRows,
     attend_rows,
+    float_cache_bodies,
     live_past,
     past_text,
     rotate,
@@ -26,7 +28,8 @@ from mythos_export.ops.cached_attention import (
     store_text,
     with_int8_cache,
 )
-from mythos_export.ops.operator import Operator, rms_norm, wide
+from mythos_export.ops.engine_forms import ENGINE, ENGINE_QUANTIZED
+from mythos_export.ops.operator import Body, Operator, rms_norm, wide
 from mythos_export.ops.products import FLOAT, ActivationRounding, FloatForm, QuantizedForm, dequantize, quantized
 
 
@@ -177,7 +180,7 @@ def _attend(
     return torch.einsum("bshr,hvr->bshv", mixed, w_uv.to(q.dtype)).flatten(2), stored
 
 
-def _body(form: FloatForm, *, int8: bool) -> str:
+def _body(form: FloatForm, *, int8: bool, whole: bool = False) -> str:
     return f"""
   {form.preamble}
   # sizes; of weights, so onnxruntime folds them
@@ -242,7 +245,7 @@ def _body(form: FloatForm, *, int8: bool) -> str:
   query = Mul(query_unscaled, scale_t)
 
   # all heads of a sequence against its rows, each row read once: [B, S*H, W] x [B, W, L]
-  {past_text(int8=int8, window=False)}
+  {past_text(int8=int8, window=False, whole=whole)}
   rows = Concat <axis = 1> (past, fresh)
   rows_by_channel = Transpose <perm = [0, 2, 1]> (rows)
   scores_flat = MatMul(query, rows_by_channel)
@@ -300,6 +303,7 @@ OPERATOR = Operator(
         list(shapes[1]),
     ],
     body=_body(FLOAT, int8=False),
+    other_bodies={overloads.ENGINE: Body(_body(ENGINE, int8=False, whole=True))},
 )
 
 _WEIGHTS = ("w_uk", "w_uv")
@@ -309,10 +313,12 @@ QUANTIZED = quantized(
     torch.ops.mythos.quantized_latent_attention.default,
     _body(QuantizedForm(), int8=False),
     weights=_WEIGHTS,
+    other_bodies={overloads.ENGINE: Body(_body(ENGINE_QUANTIZED, int8=False, whole=True))},
 )
 QUANTIZED_INT8_CACHE = quantized(
     INT8_CACHE,
     torch.ops.mythos.quantized_latent_attention_int8_cache.default,
     _body(QuantizedForm(), int8=True),
     weights=_WEIGHTS,
+    other_bodies=float_cache_bodies(QUANTIZED),
 )

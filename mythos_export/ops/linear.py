@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos_export.ops.operator import Operator, rms_norm, wide
+from mythos_export import overloads
+from mythos_export.ops.engine_forms import ENGINE, ENGINE_QUANTIZED
+from mythos_export.ops.operator import Body, Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
     ActivationRounding,
@@ -77,7 +79,7 @@ def quantized_residual_linear(
 
 
 def _normalized(form: FloatForm) -> str:
-    cast = "CastLike(normed, weight)" if form is FLOAT else "Identity(normed)"
+    cast = "CastLike(normed, weight)" if type(form) is FloatForm else "Identity(normed)"
     return f"""
   {form.preamble}
   {rms_norm_text("x", "norm", "normed")}
@@ -116,6 +118,7 @@ NORMALIZED_LINEAR = Operator(
     torch_op=torch.ops.mythos.normalized_linear.default,
     infer_shapes=lambda shapes, _: [[*shapes[0][:-1], shapes[2][0]]],
     body=_normalized(FLOAT),
+    other_bodies={overloads.ENGINE: Body(_normalized(ENGINE))},
 )
 
 RESIDUAL_LINEAR = Operator(
@@ -131,6 +134,7 @@ RESIDUAL_LINEAR = Operator(
     torch_op=torch.ops.mythos.residual_linear.default,
     infer_shapes=lambda shapes, _: [list(shapes[0])],
     body=_residual(FLOAT),
+    other_bodies={overloads.ENGINE: Body(_residual(ENGINE))},
 )
 
 QUANTIZED_NORMALIZED_LINEAR = quantized(
@@ -138,8 +142,13 @@ QUANTIZED_NORMALIZED_LINEAR = quantized(
     torch.ops.mythos.quantized_normalized_linear.default,
     _normalized(QuantizedForm()),
     weights=("weight",),
+    other_bodies={overloads.ENGINE: Body(_normalized(ENGINE_QUANTIZED))},
 )
 
 QUANTIZED_RESIDUAL_LINEAR = quantized(
-    RESIDUAL_LINEAR, torch.ops.mythos.quantized_residual_linear.default, _residual(QuantizedForm()), weights=("weight",)
+    RESIDUAL_LINEAR,
+    torch.ops.mythos.quantized_residual_linear.default,
+    _residual(QuantizedForm()),
+    weights=("weight",),
+    other_bodies={overloads.ENGINE: Body(_residual(ENGINE_QUANTIZED))},
 )

@@ -17,22 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos_export.ops.operator import Operator, rms_norm, wide
+from mythos_export import overloads
+from mythos_export.ops.engine_forms import ENGINE, ENGINE_QUANTIZED
+from mythos_export.ops.expert_bodies import engine_bodies, portable_body
+from mythos_export.ops.operator import Body, Operator, rms_norm, wide
 from mythos_export.ops.products import (
     FLOAT,
     ActivationRounding,
     DequantizedForm,
-    FloatForm,
     PackedForm,
     dequantize,
-    flat_text,
     quantized,
-    rms_norm_text,
 )
-
-# Gathering copies every chosen expert, walking over the experts costs a fixed time each. Where the copies exceed
-# this many numbers of gate_up for every expert there is, walking is faster (measured for dim 128 to 1024 on two CPU threads).
-GATHER_LIMIT = 50_000
 
 
 @torch.library.custom_op("mythos::mixture_of_experts", mutates_args=())
@@ -120,134 +116,6 @@ def _mix(
     return x + y.reshape(x.shape)
 
 
-def _body(form: FloatForm) -> str:
-    cast = "CastLike(flat_f, gate_up)" if form is FLOAT else "Identity(flat_f)"
-    gate_up, down = form.stack("gate_up"), form.stack("down")
-    weights, scanned, scales = "gate_up_e, down_e", f"{gate_up}, {down}", ("", "")
-    if isinstance(form, PackedForm):
-        weights, scanned = (
-            "gate_up_e, gate_up_e_scale, down_e, down_e_scale",
-            "gate_up, gate_up_scale, down, down_scale",
-        )
-        scales = (_GATHER_SCALE.format("gate_up"), _GATHER_SCALE.format("down"))
-    return f"""
-  {form.preamble}
-  {rms_norm_text("x", "norm", "normed")}
-  {flat_text("normed", "flat_f")}
-  flat_cast = {cast}
-  rest = Constant <value_ints = [-1]> ()
-  axis_0 = Constant <value_ints = [0]> ()
-  axis_1 = Constant <value_ints = [1]> ()
-  {form.rounded("flat_cast", "flat")}
-
-  # biased choice [N, K], unbiased weights [N, K]
-  {FLOAT.product("flat_f", "router", "logits")}
-  biased = Add(logits, router_bias)
-  top_k_int = Constant <value_int: int = @top_k> ()
-  top_k_1 = Unsqueeze(top_k_int, axis_0)
-  chosen_logits, routed_chosen = TopK <axis = -1> (biased, top_k_1)
-  unbiased = GatherElements <axis = 1> (logits, routed_chosen)
-  routed_weight = Softmax <axis = -1> (unbiased)
-
-  # and the shared experts, with weight 1: [N, k]
-  int_1 = Constant <value_int = 1> ()
-  n_routed = Size(router_bias)
-  n_all_1 = Shape <start = 0, end = 1> ({gate_up})
-  n_all = Squeeze(n_all_1, axis_0)
-  shared = Range(n_routed, n_all, int_1)
-  n_tokens = Shape <start = 0, end = 1> (flat_f)
-  n_shared = Shape(shared)
-  shared_shape = Concat <axis = 0> (n_tokens, n_shared)
-  shared_chosen = Expand(shared, shared_shape)
-  one = Constant <value_float = 1.0> ()
-  shared_weight = Expand(one, shared_shape)
-  chosen = Concat <axis = 1> (routed_chosen, shared_chosen)
-  weight = Concat <axis = 1> (routed_weight, shared_weight)
-
-  # few tokens and small experts: gather the chosen ones; otherwise walk over the experts, each reading its own tokens
-  n_pairs = Size(chosen)
-  expert_shape = Shape <start = 1> ({gate_up})
-  expert_size = ReduceProd <keepdims = 0> (expert_shape)
-  gathered_size = Mul(expert_size, n_pairs)
-  limit = Constant <value_int = {GATHER_LIMIT}> ()
-  walk_cost = Mul(n_all, limit)
-  gathering_pays = LessOrEqual(gathered_size, walk_cost)
-  mixed = If (gathering_pays) <
-    then_branch = gather_experts () => (gathered) {{
-      chosen_gate_up = Gather <axis = 0> ({gate_up}, chosen)
-      {scales[0]}
-      {form.matrix("chosen_gate_up", "chosen_gate_up_s", "inner_w")}
-      column_axes = Constant <value_ints = [1, 3]> ()
-      column = Unsqueeze(flat, column_axes)
-      inner = MatMul(inner_w, column)
-      gate, up = Split <axis = 2, num_outputs = 2> (inner)
-      gate_sigmoid = Sigmoid(gate)
-      gate_silu = Mul(gate, gate_sigmoid)
-      activated = Mul(gate_silu, up)
-      activated_shape = Shape(activated)
-      hidden = Shape <start = 2, end = 3> (activated)
-      hidden_shape = Concat <axis = 0> (rest, hidden)
-      activated_flat = Reshape(activated, hidden_shape)
-      {form.rounded("activated_flat", "activated_rounded", product=1)}
-      activated_column = Reshape(activated_rounded, activated_shape)
-      chosen_down = Gather <axis = 0> ({down}, chosen)
-      {scales[1]}
-      {form.matrix("chosen_down", "chosen_down_s", "outer_w")}
-      outer = MatMul(outer_w, activated_column)
-      outer_f = Cast <to = 1> (outer)
-      weight_axes = Constant <value_ints = [2, 3]> ()
-      weight_column = Unsqueeze(weight, weight_axes)
-      weighted = Mul(outer_f, weight_column)
-      sum_axes = Constant <value_ints = [1, 3]> ()
-      gathered = ReduceSum <keepdims = 0> (weighted, sum_axes)
-    }},
-    else_branch = walk_experts () => (walked) {{
-      combine_shape = Concat <axis = 0> (n_tokens, n_all_1)
-      no_weight = ConstantOfShape(combine_shape)
-      combine_by_token = ScatterElements <axis = 1> (no_weight, chosen, weight)
-      combine = Transpose <perm = [1, 0]> (combine_by_token)
-      shape_of_flat = Shape(flat)
-      nothing = ConstantOfShape(shape_of_flat)
-      walked = Scan <num_scan_inputs = {scanned.count(",") + 2}, body = one_expert (sum, {weights}, combine_e) => (sum_out) {{
-        most = ReduceMax <keepdims = 0> (combine_e)
-        zero = Constant <value_float = 0.0> ()
-        has_tokens = Greater(most, zero)
-        sum_out = If (has_tokens) <
-          then_branch = run_expert () => (sum_run) {{
-            tokens_row = NonZero(combine_e)
-            tokens = Transpose <perm = [1, 0]> (tokens_row)
-            token_index = Squeeze(tokens_row, axis_0)
-            x_e = Gather <axis = 0> (flat, token_index)
-            {form.matrix("gate_up_e", "gate_up_e_scale", "inner_we")}
-            gate_up_t = Transpose <perm = [1, 0]> (inner_we)
-            inner_e = MatMul(x_e, gate_up_t)
-            gate_e, up_e = Split <axis = 1, num_outputs = 2> (inner_e)
-            sigmoid_e = Sigmoid(gate_e)
-            silu_e = Mul(gate_e, sigmoid_e)
-            activated_e = Mul(silu_e, up_e)
-            {form.rounded("activated_e", "activated_er", product=1)}
-            {form.matrix("down_e", "down_e_scale", "outer_we")}
-            down_t = Transpose <perm = [1, 0]> (outer_we)
-            outer_e = MatMul(activated_er, down_t)
-            outer_e_f = Cast <to = 1> (outer_e)
-            weight_e = Gather <axis = 0> (combine_e, token_index)
-            weight_e_1 = Unsqueeze(weight_e, axis_1)
-            weighted_e = Mul(outer_e_f, weight_e_1)
-            sum_run = ScatterND <reduction = "add"> (sum, tokens, weighted_e)
-          }},
-          else_branch = skip_expert () => (sum_skip) {{
-            sum_skip = Identity(sum)
-          }}>
-      }}> (nothing, {scanned}, combine)
-    }}>
-  x_shape = Shape(x)
-  mixed_x = Reshape(mixed, x_shape)
-  y = Add(x, mixed_x)
-"""
-
-
-_GATHER_SCALE = "chosen_{0}_s = Gather <axis = 0> ({0}_scale, chosen)"
-
 OPERATOR = Operator(
     name="MixtureOfExperts",
     doc="Routed and shared SwiGLU experts on rms_norm(x), added to x. Routed ones are chosen by logits + router_bias and weighed "
@@ -264,15 +132,19 @@ OPERATOR = Operator(
     attributes={"top_k": ("INT", "routed experts a token"), "epsilon": ("FLOAT", "epsilon of the RMSNorm")},
     torch_op=torch.ops.mythos.mixture_of_experts.default,
     infer_shapes=lambda shapes, _: [list(shapes[0])],
-    body=_body(FLOAT),
+    body=portable_body(FLOAT),
+    other_bodies=engine_bodies(ENGINE),
 )
 
 _WEIGHTS = ("gate_up", "down")
 QUANTIZED = quantized(
     OPERATOR,
     torch.ops.mythos.quantized_mixture_of_experts.default,
-    _body(PackedForm()),
+    portable_body(PackedForm()),
     weights=_WEIGHTS,
     packed=True,
-    dequantized_body=_body(DequantizedForm(*_WEIGHTS)),
+    other_bodies={
+        overloads.DEQUANTIZED: Body(portable_body(DequantizedForm(*_WEIGHTS))),
+        **engine_bodies(ENGINE_QUANTIZED, quantized=True),
+    },
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,7 @@ import torch
 from onnx import defs, parser
 from onnxscript import values as onnxscript_values
 
-DOMAIN = "ai.mythos"
-DOMAIN_VERSION = 1
-DEQUANTIZED = "dequantized"  # the overload of functions made of dequantized_body
-OPSET = 21  # the first with blocked DequantizeLinear, which quantized bundles use
+from mythos_export.overloads import DEQUANTIZED, DOMAIN, DOMAIN_VERSION, OPSET, PORTABLE
 
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 TYPES = {
@@ -52,14 +49,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 @dataclass(frozen=True)
+class Body:
+    """Statements of an overload; inputs and outputs: its own names for them, where they are not the operator's."""
+
+    text: str
+    inputs: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Operator:
     """One operator of the domain: its torch op, its ONNX schema with shape inference, its portable body.
 
     inputs and outputs are (name, type, description), the type an ONNX type string or one of TYPES: "T", the matrices' dtype, and
     so on. infer_shapes maps the input shapes and the attributes to the output shapes; an unknown dimension is None.
-    body is the statements of the ONNX function, over the input names, defining the output names. dequantized_body is another
-    one, if body picks among quantized matrices: it dequantizes all before it picks, as is wanted where they are float8e4m3fn,
-    which no standard operator picks from, and in TensorRT, which takes a quantized matrix only as it is stored.
+    body is the statements of the ONNX function, over the input names, defining the output names. other_bodies are those of its
+    overloads (mythos_export.overloads).
     """
 
     name: str
@@ -70,7 +75,7 @@ class Operator:
     torch_op: Any
     infer_shapes: Callable[[list[Shape], dict[str, Any]], list[Shape]]
     body: str
-    dequantized_body: str | None = None
+    other_bodies: Mapping[str, Body] = field(default_factory=dict)
 
     @cached_property
     def schema(self) -> defs.OpSchema:
@@ -116,21 +121,23 @@ class Operator:
 
     @cached_property
     def functions(self) -> dict[str, onnx.FunctionProto]:
-        """The portable bodies as functions of standard operators, carried inside every model file, by their overload."""
-        bodies = {"": self.body, DEQUANTIZED: self.dequantized_body}
-        return {overload: self._function(overload, body) for overload, body in bodies.items() if body is not None}
+        """The bodies as functions of standard operators, carried inside every model file, by their overload."""
+        bodies = {PORTABLE: Body(self.body), **self.other_bodies}
+        return {overload: self._function(overload, body) for overload, body in bodies.items()}
 
     def overload_for(self, types: Iterable[int | None]) -> str:
-        """Which of `functions` a node takes; types: the ONNX element types of its inputs."""
-        return DEQUANTIZED if DEQUANTIZED in self.functions and onnx.TensorProto.FLOAT8E4M3FN in types else ""
+        """Which of `functions` a node takes to run anywhere; types: the ONNX element types of its inputs. float8e4m3fn is picked
+        from by no standard operator, so it is dequantized before."""
+        wanted = DEQUANTIZED in self.functions and onnx.TensorProto.FLOAT8E4M3FN in types
+        return DEQUANTIZED if wanted else PORTABLE
 
-    def _function(self, overload: str, body: str) -> onnx.FunctionProto:
-        inputs = ", ".join(name for name, _, _ in self.inputs)
-        outputs = ", ".join(name for name, _, _ in self.outputs)
+    def _function(self, overload: str, body: Body) -> onnx.FunctionProto:
+        inputs = ", ".join(body.inputs or [name for name, _, _ in self.inputs])
+        outputs = ", ".join(body.outputs or [name for name, _, _ in self.outputs])
         attributes = f"<{', '.join(self.attributes)}> " if self.attributes else ""
         function = parser.parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n'
-            f"{self.name} {attributes}({inputs}) => ({outputs}) {{{body}}}"
+            f"{self.name} {attributes}({inputs}) => ({outputs}) {{{body.text}}}"
         )
         function.overload = overload
         function.doc_string = self.doc

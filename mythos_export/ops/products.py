@@ -12,6 +12,7 @@ Shape letters: T tokens, I input and O output channels, b blocks of the input ch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from onnx import TensorProto
 from torch import Tensor
 
-from mythos_export.ops.operator import Operator, Shape, wide
+from mythos_export.ops.operator import Body, Operator, Shape, wide
 from runtimes.errors import InputError
 
 SMALLEST = 1e-30  # a block of nothing larger is zero
@@ -324,11 +325,11 @@ def quantized(
     weights: tuple[str, ...],
     *,
     packed: bool = False,
-    dequantized_body: str | None = None,
+    other_bodies: Mapping[str, Body] | None = None,
 ) -> Operator:
     """The operator's quantized form: Quantized…, each of its `weights` followed by NAME_scale, and activation_scale last.
 
-    Every one of `weights` is a product of its own, in that order. packed: int4 comes as uint8.
+    Every one of `weights` is a product of its own, in that order. packed: int4 comes as uint8. body, other_bodies: its own.
     """
 
     def with_scales(items: tuple[tuple[str, str, str], ...]) -> tuple[tuple[str, str, str], ...]:
@@ -370,5 +371,5 @@ def quantized(
         torch_op=torch_op,
         infer_shapes=infer_shapes,
         body=body,
-        dequantized_body=dequantized_body,
+        other_bodies=other_bodies or {},
     )
