@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mythos_export import footprint, ops
-from mythos_export.bench import ReadBandwidth, environment
+from mythos_export.bandwidth import ReadBandwidth
+from mythos_export.bench import environment
 from mythos_export.config import AttentionConfig, LatentAttentionConfig, ModelConfig
 from runtimes.errors import InputError
 from runtimes.onnxruntime_backend import session_options

@@ -73,7 +73,7 @@ class TensorRTBackend:
         self._executor = Executor(tensorrt, engine, self.graph, deserialized, self._weights, stream)
 
     def _planned(self, engine: Engine, request: DeviceRequest) -> DeviceMemory:
-        context = self.max_context if request.context is None else request.context
+        context = self.max_context if request.context is None else min(request.context, self.graph.max_seq_len)
         self.check(request.batch, context)
         step = self.longest_step(request.batch, every_position=False)
         memory = plan_memory(engine, self.graph, request.batch, context, step, cuda.free_bytes())
@@ -158,5 +158,8 @@ def _longest(plan: Plan, profile: Profile, batch: int, every_position: bool) -> 
 def _graph_of(engine_folder: Path, engine: Engine, manifest: Manifest) -> Graph:
     for graph in manifest.graphs:
         if graph.file == engine.graph_file:
-            return msgspec.structs.replace(graph, dtype=engine.dtype, cache_dtype=engine.cache_dtype)
+            weights = engine.dtype if graph.weight_dtype in STORAGE else graph.weight_dtype
+            return msgspec.structs.replace(
+                graph, dtype=engine.dtype, cache_dtype=engine.cache_dtype, weight_dtype=weights
+            )
     raise BundleError(f"{engine_folder}: {engine.graph_file!r} is no graph of the bundle; do not use this engine")
