@@ -84,7 +84,7 @@ def bench_attention(
     for context in contexts:
         if context < 1:
             raise InputError(f"attention over {context} rows; expected at least 1")
-    runner = load(bundle, threads=threads, native=native)
+    runner = load(bundle, "onnxruntime", threads, native)
     cache_dtype = cache_dtype or runner.graph.cache_dtype
     config = ModelConfig.from_dict(runner.manifest.model)
     attention = config.layers[0].attention
