@@ -19,7 +19,8 @@ _REMEDIES = {
     "tensorrt": "install JetPack's python3-libnvinfer, or run: pip install 'mythos-export[tensorrt]'",
     "tensorrt-rtx": "run: pip install 'mythos-export[tensorrt-rtx]'",
 }
-_PLAN_TAG = b"ftrt"  # how plans of TensorRT begin, as NVIDIA's trtexec (open source) checks them
+# How plans begin: TensorRT's as NVIDIA's trtexec (open source) checks it, TensorRT-RTX's as version 1.7 writes it.
+_PLAN_TAGS = {"tensorrt": b"ftrt", "tensorrt-rtx": b"vtrt"}
 _log = logging.getLogger("mythos_export.tensorrt")
 
 
@@ -144,7 +145,8 @@ def _logger(module: Any) -> Any:
 
 
 def header_problem(backend: str, plan: bytes) -> str | None:
-    """What shows that these bytes are no plan of this backend; None where nothing does. Only TensorRT's tag is known."""
-    if backend == "tensorrt" and not plan.startswith(_PLAN_TAG):
-        return f"begins with {plan[:4]!r}, plans of TensorRT with {_PLAN_TAG!r}: this is none"
+    """What shows that these bytes are no plan of this backend; None where nothing does."""
+    tag = _PLAN_TAGS[backend]
+    if not plan.startswith(tag):
+        return f"begins with {plan[: len(tag)]!r}, plans of {backend} with {tag!r}: this is none"
     return None

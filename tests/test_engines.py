@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import clear_caches, has_gpu
 from fake_engine import rewrite
 from fake_tensorrt import FakeTensorRT
 from hypothesis import given
@@ -101,6 +102,25 @@ def test_versions_and_what_they_can() -> None:
     assert new == rtx
     assert new.strongly_typed
     assert not new.explicit_batch_flag
+
+
+def test_the_real_library_has_what_is_called_here() -> None:
+    """TensorRT-RTX builds without a GPU; to deserialize it wants one, and says so."""
+    pytest.importorskip("tensorrt_rtx")
+    clear_caches()
+    library = tensorrt_api.find("tensorrt-rtx")
+    module = library.module
+    network = (builder := module.Builder(library.logger)).create_network(0)
+    doubled = network.add_unary(network.add_input("x", module.float32, (4,)), module.UnaryOperation.NEG)
+    network.mark_output(doubled.get_output(0))
+    plan = bytes(builder.build_serialized_network(network, builder.create_builder_config()))
+    assert tensorrt_api.header_problem("tensorrt-rtx", plan) is None
+    assert "plans of tensorrt with" in str(tensorrt_api.header_problem("tensorrt", plan))
+    for name in ("set_input_shape", "set_tensor_address", "set_optimization_profile_async", "execute_async_v3"):
+        assert hasattr(module.IExecutionContext, name)
+    if not has_gpu():
+        with pytest.raises(BackendError, match=r"tensorrt-rtx .* refuses the plan: .*cudaError"):
+            library.deserialize(plan)
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=50))

@@ -227,7 +227,7 @@ REASONS = [
     (a_flipped_byte, "many_tokens.plan: sha256 .* does not match engine.json's .*: the file was changed", BundleError),
     (
         a_foreign_plan,
-        "many_tokens.plan: begins with b'gtrt', plans of TensorRT with b'ftrt': this is none",
+        "many_tokens.plan: begins with b'gtrt', plans of tensorrt with b'ftrt': this is none",
         BundleError,
     ),
     (a_missing_plan, "many_tokens.plan: cannot be read", BundleError),
