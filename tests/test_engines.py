@@ -12,10 +12,11 @@ from fake_tensorrt import FakeTensorRT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtimes import cuda, tensorrt_api
+from runtimes import cuda, device_weights, tensorrt_api
 from runtimes.bundle import open_bundle, rewrite_manifest
+from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import convert
-from runtimes.engines import Engine, EngineWriter, check, engine_key, fits, list_engines, read_engine
+from runtimes.engines import Engine, EngineWriter, Weight, check, engine_key, fits, list_engines, read_engine
 from runtimes.errors import BackendError, BundleError
 
 # The engine's folder
@@ -132,6 +133,30 @@ def test_bfloat16_is_rounded_as_torch_does(numbers: list[float]) -> None:
     again = convert(narrow, "bfloat16", "float32")
     np.testing.assert_array_equal(again, want.float().numpy())
     np.testing.assert_array_equal(convert(wide, "float32", "float32"), wide)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_weights_reach_the_device_in_the_engines_dtype(
+    fake: FakeTensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: str
+) -> None:
+    """Two weights of a file, one behind a gap, copied a few numbers at a time; an empty one does no harm."""
+    monkeypatch.setattr(device_weights, "_PIECE", 7)
+    numbers = convert(np.random.default_rng(0).standard_normal(40).astype(np.float32), "float32", stored)
+    (tmp_path / "weights.bin").write_bytes(b"\1" * 4096 + numbers.tobytes())
+    size = numbers.itemsize
+    weights = tuple(
+        Weight(name, "weights.bin", 4096 + start * size, count * size, stored, dtype, (count,))
+        for name, start, count in (("a", 0, 30), ("b", 30, 10), ("c", 40, 0))
+    )
+    stream = cuda.Stream()
+    on_device = DeviceWeights(tmp_path, weights, stream)
+    for name, part in (("a", numbers[:30]), ("b", numbers[30:])):
+        want = convert(part, stored, dtype)
+        np.testing.assert_array_equal(stream.download(on_device.addresses[name], want.dtype, want.shape), want)
+        assert on_device.addresses[name] % 256 == 0
+    on_device.close()
+    assert fake.cuda.allocated == 0
 
 
 def test_weights_too_large_for_float16_are_told() -> None:

@@ -123,6 +123,28 @@ def test_any_sequences_grow_as_on_onnxruntime(
         session.close()
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16"])
+def test_a_fixed_loop_count_and_a_half_cache(
+    shakespeare: Path, tmp_path: Path, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, cache_dtype: str
+) -> None:
+    from mythos_export.export import export_bundle
+
+    monkeypatch.setattr(device_memory, "BUCKET", 16)
+    bundle = tmp_path / "bundle"
+    export_bundle(shakespeare, bundle, loops=2, cache_dtype=cache_dtype)
+    add_engine(bundle)
+    on_cpu = load(bundle, "onnxruntime", native=False)
+    with load(bundle, "tensorrt") as on_gpu:
+        runs = [runner.generate(PROMPTS, 30, ignore_eos=True).complete().ids for runner in (on_gpu, on_cpu)]
+        graph, random = on_gpu.graph, np.random.default_rng(0)
+        rows = random.standard_normal((graph.slots(2), 1, 4, graph.cache_width)).astype(cache_dtype)
+        step = StepInput(np.array([[3]]), np.array([4]), rows, np.array([[0]]), np.array([2]))
+        steps = [runner.run_step(step) for runner in (on_gpu, on_cpu)]
+    assert runs[0] == runs[1]
+    assert steps[0].new_kv.dtype == cache_dtype
+    np.testing.assert_allclose(steps[0].logits, steps[1].logits, atol=1e-3)
+
+
 # What moves, and what is waited for
 
 
