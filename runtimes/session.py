@@ -134,8 +134,9 @@ class Session:
             raise InputError(f"{len(ids)} rows of ids for a session of {len(self.past_len)} sequences")
         for b, row in enumerate(ids):
             check_ids(row, self._graph, f"sequence {b}", int(self.past_len[b]))
-        longest = int(self.past_len.max()) + max(len(row) for row in ids)
-        self._backend.check(len(ids), longest)
+        self._backend.check(
+            len(ids), max(past + len(row) for past, row in zip(self.past_len.tolist(), ids, strict=True))
+        )
 
 
 def check_n_loops(graph: Graph, n_loops: int | Sequence[int] | None, batch: int) -> Int64:

@@ -62,14 +62,18 @@ class TensorRT:
     capabilities: Capabilities
     logger: Any
 
+    @property
+    def last_error(self) -> str:
+        """What TensorRT said last, for messages."""
+        return self.logger.last_error or "it gives no reason"
+
     def deserialize(self, plan: bytes) -> DeserializedPlan:
         """A plan ready for contexts; its bytes must have been checked before. Raises BackendError where TensorRT refuses it."""
         runtime = self.module.Runtime(self.logger)
         self.logger.last_error = ""
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            reason = self.logger.last_error or "it gives no reason"
-            raise BackendError(f"{self.backend} {self.version} refuses the plan: {reason}")
+            raise BackendError(f"{self.backend} {self.version} refuses the plan: {self.last_error}")
         return DeserializedPlan(self, runtime, engine)
 
 
@@ -86,21 +90,29 @@ class DeserializedPlan:
             return int(self.engine.device_memory_size_v2)
         return int(self.engine.device_memory_size)
 
-    def new_context(self, address: int, size: int) -> Any:
-        """An IExecutionContext whose activations live at a device address (256-byte aligned, of at least activation_bytes)."""
-        module = self._tensorrt.module
-        if hasattr(module, "ExecutionContextAllocationStrategy"):  # from 10.0 on
-            context = self.engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
-        else:
-            context = self.engine.create_execution_context_without_device_memory()
+    def new_context(self, address: int, size: int, profile: int, stream: int) -> Any:
+        """An IExecutionContext for one optimization profile, which it is switched to on a stream. Its activations live at a device
+        address (256-byte aligned, size at least activation_bytes). Raises BackendError where TensorRT makes none."""
+        context = self._make_context()
         if context is None:
-            reason = self._tensorrt.logger.last_error or "it gives no reason"
-            raise BackendError(f"{self._tensorrt.backend} made no execution context: {reason}")
+            raise BackendError(f"{self._tensorrt.backend} made no execution context: {self._tensorrt.last_error}")
         if hasattr(context, "set_device_memory"):  # from 10.1 on
             context.set_device_memory(address, size)
         else:
             context.device_memory = address
+        try:
+            accepted = context.set_optimization_profile_async(profile, stream)
+        except RuntimeError:  # what TensorRT 10 raises where 8.6 returns False
+            accepted = False
+        if not accepted:
+            raise BackendError(f"{self._tensorrt.backend} refuses profile {profile}: {self._tensorrt.last_error}")
         return context
+
+    def _make_context(self) -> Any:
+        module = self._tensorrt.module
+        if hasattr(module, "ExecutionContextAllocationStrategy"):  # from 10.0 on
+            return self.engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        return self.engine.create_execution_context_without_device_memory()
 
 
 @cache

@@ -146,16 +146,15 @@ class Executor:
         self.closed = False
 
     def _new_context(self, plan: Plan, deserialized: DeserializedPlan, index: int, profile: Profile) -> PlanContext:
-        context = deserialized.new_context(self._activations.address, self._activations.size)
-        self._accept(context.set_optimization_profile_async(index, self.stream.handle), f"profile {index}")
+        context = deserialized.new_context(self._activations.address, self._activations.size, index, self.stream.handle)
         for name, address in self._weights.addresses.items():
             self._accept(context.set_tensor_address(name, address), f"an address for {name}")
         return PlanContext(plan, profile, context)
 
     def _accept(self, accepted: bool, what: str) -> None:
         if not accepted:
-            reason = self._tensorrt.logger.last_error or "it gives no reason"
-            raise BackendError(f"{self._tensorrt.backend} {self._tensorrt.version} refuses {what}: {reason}")
+            library = self._tensorrt
+            raise BackendError(f"{library.backend} {library.version} refuses {what}: {library.last_error}")
 
     def run(
         self,

@@ -101,6 +101,8 @@ def engine(fake: FakeTensorRT, own_bundle: Path) -> Path:
 
 
 def has_gpu() -> bool:
+    """Whether the real modules can be used, whatever fakes stood in their place before."""
+    clear_caches()
     try:
         cuda.device()
         tensorrt_api.find("tensorrt")

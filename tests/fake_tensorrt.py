@@ -308,7 +308,7 @@ def make_plan(model: bytes, profiles: Profiles, activation_bytes: int, host_inpu
 
 class FakeTensorRT(types.ModuleType):
     """Takes the place of tensorrt, 8.6 or 10. deserialized: plans it was given; engines: made of them, in order. refuse: makes it
-    refuse all plans; fails: what else fails, of "capture", "step"."""
+    refuse all plans; fails: what else fails, of "capture", "step", "profile"."""
 
     ILogger = ILogger
 
@@ -386,6 +386,8 @@ class FakeContext:
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         if not 0 <= index < len(self.engine.profiles):
             return self._refuse(f"no profile {index}")
+        if "profile" in self.engine.module.fails and self.engine.module.modern:
+            raise RuntimeError("Error in set optimization profile async.")
         if not self.engine.module.modern and index in self.engine.used:
             return self._refuse(f"profile {index} is used by another context")
         self.engine.used.add(index)

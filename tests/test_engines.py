@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import clear_caches, has_gpu
-from fake_engine import rewrite
+from conftest import clear_caches, has_gpu, install
+from fake_engine import add_engine, rewrite
 from fake_tensorrt import FakeTensorRT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import convert
 from runtimes.engines import Engine, EngineWriter, Weight, check, engine_key, fits, list_engines, read_engine
 from runtimes.errors import BackendError, BundleError
+from runtimes.runner import load
 
 # The engine's folder
 
@@ -103,6 +104,14 @@ def test_versions_and_what_they_can() -> None:
     assert new == rtx
     assert new.strongly_typed
     assert not new.explicit_batch_flag
+
+
+def test_a_profile_that_version_10_refuses_by_an_exception(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = install(monkeypatch, "10.3.0")
+    fake.fails.add("profile")
+    add_engine(own_bundle, version="10.3.0")
+    with pytest.raises(BackendError, match="tensorrt refuses profile 0: it gives no reason"):
+        load(own_bundle, "tensorrt")
 
 
 def test_the_real_library_has_what_is_called_here() -> None:
