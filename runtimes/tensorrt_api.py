@@ -90,6 +90,11 @@ class DeserializedPlan:
             return int(self.engine.device_memory_size_v2)
         return int(self.engine.device_memory_size)
 
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """Its inputs and outputs. TensorRT may have dropped inputs that nothing reads."""
+        return frozenset(self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors))
+
     def new_context(self, address: int, size: int, profile: int, stream: int) -> Any:
         """An IExecutionContext for one optimization profile, which it is switched to on a stream. Its activations live at a device
         address (256-byte aligned, size at least activation_bytes). Raises BackendError where TensorRT makes none."""

@@ -28,11 +28,8 @@ from runtimes.errors import BackendError, InputError
 from runtimes.tensorrt_api import DeserializedPlan, TensorRT
 
 Arrays = dict[str, NDArray[Any]]
-REDUCED = (
-    "next_token",
-    "next_logprob",
-    "exit_loop",
-)  # outputs of a greedy step, in front of the block that is copied back
+REDUCED = ("next_token", "next_logprob", "exit_loop")  # outputs of a greedy step, in front of the block copied back
+_STEP_TENSORS = (*REDUCED, "logits", "new_kv", "input_ids", "past_len", "past_kv", "logit_positions", "n_loops")
 
 
 class StepShape(NamedTuple):
@@ -93,10 +90,10 @@ class Binding:
 
 
 class PlanContext:
-    """An execution context for one profile of a plan; it never changes profiles."""
+    """An execution context for one profile of a plan; it never changes profiles. names: the plan's inputs and outputs."""
 
-    def __init__(self, plan: Plan, profile: Profile, context: Any) -> None:
-        self.plan, self.profile, self.context = plan, profile, context
+    def __init__(self, plan: Plan, profile: Profile, context: Any, names: frozenset[str]) -> None:
+        self.plan, self.profile, self.context, self.names = plan, profile, context, names
         self.binding: Binding | None = None
 
     def takes(self, shape: StepShape) -> bool:
@@ -147,9 +144,15 @@ class Executor:
 
     def _new_context(self, plan: Plan, deserialized: DeserializedPlan, index: int, profile: Profile) -> PlanContext:
         context = deserialized.new_context(self._activations.address, self._activations.size, index, self.stream.handle)
+        place = PlanContext(plan, profile, context, deserialized.tensor_names)
+        unknown = place.names - {*self._weights.addresses, *_STEP_TENSORS}
+        missing = {*REDUCED, "logits", "new_kv"} - place.names
+        if unknown or missing:
+            what = f"wants {sorted(unknown)}" if unknown else f"lacks {sorted(missing)}"
+            raise BackendError(f"{plan.file} {what}, which engine.json does not explain; build the engine again")
         for name, address in self._weights.addresses.items():
-            self._accept(context.set_tensor_address(name, address), f"an address for {name}")
-        return PlanContext(plan, profile, context)
+            self._set_address(place, name, address)
+        return place
 
     def _accept(self, accepted: bool, what: str) -> None:
         if not accepted:
@@ -220,16 +223,16 @@ class Executor:
         input_offsets, to_device = _side_by_side(inputs)
         output_offsets, to_host = _side_by_side(outputs)
         self._reserve(to_device, to_host, self.layout.bytes(shape.slots, shape.batch, shape.seq))
-        self._set_shapes(place.context, shape, inputs)
+        self._set_shapes(place, shape, inputs)
         for tensor in inputs:
             at_host = tensor.name in self._engine.host_inputs
             base = self._inputs.host.address if at_host else self._inputs.device.address
-            self._set_address(place.context, tensor.name, base + input_offsets[tensor.name])
+            self._set_address(place, tensor.name, base + input_offsets[tensor.name])
         for tensor in outputs:
             address = self._outputs.device.address + output_offsets[tensor.name]
-            self._set_address(place.context, tensor.name, address)
-        self._set_address(place.context, "past_kv", cache_address)
-        self._set_address(place.context, "new_kv", self._new_rows.address)
+            self._set_address(place, tensor.name, address)
+        self._set_address(place, "past_kv", cache_address)
+        self._set_address(place, "new_kv", self._new_rows.address)
         place.binding = Binding(
             (shape, cache_address, self._staging_version),
             {t.name: self._inputs.host.array(t.dtype, t.shape, input_offsets[t.name]) for t in inputs},
@@ -270,13 +273,15 @@ class Executor:
         ]
         return inputs, outputs
 
-    def _set_shapes(self, context: Any, shape: StepShape, inputs: list[Tensor]) -> None:
+    def _set_shapes(self, place: PlanContext, shape: StepShape, inputs: list[Tensor]) -> None:
         cache = (shape.slots, shape.batch, shape.capacity, self._graph.cache_width)
         for name, sizes in [*((tensor.name, tensor.shape) for tensor in inputs), ("past_kv", cache)]:
-            self._accept(context.set_input_shape(name, sizes), f"the shape {list(sizes)} of {name}")
+            if name in place.names:
+                self._accept(place.context.set_input_shape(name, sizes), f"the shape {list(sizes)} of {name}")
 
-    def _set_address(self, context: Any, name: str, address: int) -> None:
-        self._accept(context.set_tensor_address(name, address), f"an address for {name}")
+    def _set_address(self, place: PlanContext, name: str, address: int) -> None:
+        if name in place.names:
+            self._accept(place.context.set_tensor_address(name, address), f"an address for {name}")
 
     def _launch(self, place: PlanContext, binding: Binding, greedy: bool) -> None:
         def work() -> None:

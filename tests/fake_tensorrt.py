@@ -351,6 +351,9 @@ class FakeEngine:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(plan[8 + length :], options, ["CPUExecutionProvider"])
+        values = [*self.session.get_inputs(), *self.session.get_outputs()]
+        self.num_io_tensors = len(values)
+        self.get_tensor_name = lambda index: values[index].name
         self.used: set[int] = set()
         self.shapes_run: list[tuple[int, ...]] = []  # of input_ids, a step each
         setattr(self, "device_memory_size_v2" if module.modern else "device_memory_size", head["activation_bytes"])
@@ -403,6 +406,9 @@ class FakeContext:
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        if name not in names:
+            return self._refuse(f"there is no tensor {name}")
         if address % ALIGNMENT:
             return self._refuse(f"the address of {name} is not aligned")
         self.addresses[name] = address

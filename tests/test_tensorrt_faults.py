@@ -272,6 +272,17 @@ def test_auto_falls_back_and_says_why_once(
     assert fake.cuda.allocated == 0
 
 
+def test_a_plan_that_wants_more_than_the_metadata_has(engine: Path, own_bundle: Path) -> None:
+    """And one that wants less: TensorRT may drop an input that nothing reads."""
+    weights = read_engine(engine).weights
+    rewrite(engine, weights=weights[1:])
+    with pytest.raises(BackendError, match=r"few_tokens\.plan wants \['embed'\], which engine.json does not explain"):
+        load(own_bundle, "tensorrt")
+    rewrite(engine, weights=(*weights, msgspec.structs.replace(weights[0], name="unread")))
+    with load(own_bundle, "tensorrt") as runner:
+        assert len(runner.generate([1], 3, ignore_eos=True).complete().ids) == 3
+
+
 def test_a_bundle_without_engines_runs_silently(
     own_bundle: Path, fake: FakeTensorRT, caplog: pytest.LogCaptureFixture
 ) -> None:
