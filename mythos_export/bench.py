@@ -12,7 +12,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ import numpy as np
 import onnxruntime
 
 from mythos_export import __version__, footprint
+from mythos_export.bandwidth import DeviceBandwidth, ReadBandwidth
 from mythos_export.config import ModelConfig
-from runtimes import native_operators
+from runtimes import cuda, native_operators
 from runtimes.errors import InputError
 from runtimes.runner import Runner, load
 from runtimes.session import check_n_loops
 
-_BANDWIDTH_BYTES = 512 * 2**20  # well beyond any last-level cache
 Progress = Callable[[str, int, int], None]
 
 
@@ -74,9 +73,16 @@ class Workload:
     loops: int | None = None
     threads: int | None = None
     native: bool | None = None
+    backend: str = "auto"
+    engine: str | None = None
 
-    def check(self, runner: Runner) -> int:
-        """Raises InputError for what the bundle cannot run; returns the loop count."""
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two tests."""
+        return max(self.prompt, self.context + self.new + 1)
+
+    def check_numbers(self) -> None:
+        """Raises InputError for numbers that make no sense."""
         if min(self.prompt, self.new, self.context) < 0 or self.prompt + self.new == 0:
             raise InputError(
                 f"-p is {self.prompt}, -n {self.new} and -d {self.context}; expected 0 or more, and -p or -n above 0"
@@ -84,10 +90,12 @@ class Workload:
         for name, value in (("-r", self.repetitions), ("-b", self.batch)):
             if value < 1:
                 raise InputError(f"{name} is {value}; expected at least 1")
-        longest = max(self.prompt, self.context + self.new + 1)
-        if longest > runner.graph.max_seq_len:
+
+    def check(self, runner: Runner) -> int:
+        """Raises InputError for what the bundle cannot run; returns the loop count."""
+        if self.longest > runner.graph.max_seq_len:
             raise InputError(
-                f"-p {self.prompt} -n {self.new} -d {self.context} needs {longest} positions, the model has "
+                f"-p {self.prompt} -n {self.new} -d {self.context} needs {self.longest} positions, the model has "
                 f"{runner.graph.max_seq_len}; lower them"
             )
         return int(check_n_loops(runner.graph, self.loops, 1)[0])
@@ -98,7 +106,16 @@ def bench(
 ) -> Report:
     """Measures a bundle; with reference, also the checkpoint in the reference package's own model in eager float32 torch, run in
     turn with the bundle so that both see the same machine. Raises InputError or BundleError before measuring."""
-    runner = load(bundle, threads=workload.threads, native=workload.native)
+    workload.check_numbers()
+    runner = load(
+        bundle,
+        workload.backend,
+        workload.threads,
+        workload.native,
+        engine=workload.engine,
+        max_batch=workload.batch,
+        max_context=workload.longest,
+    )
     loops = workload.check(runner)
     tests = [name for name, tokens in (("pp", workload.prompt), ("tg", workload.new)) if tokens]
     threads = workload.threads or os.cpu_count() or 1
@@ -107,7 +124,7 @@ def bench(
         test()  # warm-up
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     theirs = _reference_tests(reference, tests, workload, loops, threads) if reference is not None else {}
-    bandwidth = ReadBandwidth(threads)
+    bandwidth = ReadBandwidth(threads) if runner.engine is None else DeviceBandwidth()
     tell = progress or (lambda *_: None)
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in tests}
     reference_seconds: dict[str, list[float]] = {name: [] for name in tests}
@@ -120,10 +137,8 @@ def bench(
     tell("measuring", 1, 1)
     rows = [_row(runner, name, workload, loops, measured[name], reference_seconds[name]) for name in tests]
     weights = sum(runner.manifest.files[name].size for name in runner.graph.weights)
-    # Of the longer of the two tests.
-    longest = workload.batch * max(workload.prompt, workload.context + workload.new + 1)
     config = ModelConfig.from_dict(runner.manifest.model)
-    cache = footprint.cache_bytes(config, loops, longest, runner.graph.cache_dtype)
+    cache = footprint.cache_bytes(config, loops, workload.batch * workload.longest, runner.graph.cache_dtype)
     return Report(
         tuple(rows),
         statistics.median(bandwidth.probes),
@@ -141,16 +156,22 @@ def _runner_test(runner: Runner, name: str, workload: Workload, loops: int) -> C
         session = runner.session(workload.batch, loops)
         began = time.perf_counter()
         session.advance(tokens[:, : workload.prompt].tolist())
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        session.close()
+        return seconds
 
     def decode() -> float:
         session = runner.session(workload.batch, loops)
         session.advance(tokens[:, : workload.context + 1].tolist())
         steps = [column[:, None].tolist() for column in tokens[:, workload.context + 1 :].T[: workload.new]]
+        # As generate does when greedy: an engine chooses on the device. On onnxruntime the choice is ours, not the model's.
+        advance = session.advance if runner.engine is None else session.advance_greedy
         began = time.perf_counter()
         for step in steps:
-            session.advance(step)
-        return time.perf_counter() - began
+            advance(step)
+        seconds = time.perf_counter() - began
+        session.close()
+        return seconds
 
     return prefill if name == "pp" else decode
 
@@ -235,33 +256,6 @@ def _bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) 
     return weights / batch + row * (mean_past + 1)
 
 
-class ReadBandwidth:
-    """GB/s that this machine reads with so many threads. On a shared machine it changes by the second, so it is probed before and
-    after every measurement, and shares are of the better of those two probes."""
-
-    def __init__(self, threads: int) -> None:
-        self._parts = np.array_split(np.ones(_BANDWIDTH_BYTES // 8, dtype=np.int64), threads * 8)
-        self._threads = threads
-        self.probes: list[float] = []
-
-    def probe(self, passes: int = 4) -> float:
-        """The best of some passes over 512 MB."""
-        best = 0.0
-        with ThreadPoolExecutor(self._threads) as pool:
-            for _ in range(passes):
-                began = time.perf_counter()
-                list(pool.map(np.minimum.reduce, self._parts))
-                best = max(best, _BANDWIDTH_BYTES / (time.perf_counter() - began) / 1e9)
-        self.probes.append(best)
-        return best
-
-    def beside(self, test: Callable[[], float]) -> tuple[float, float]:
-        """Runs a test; returns its seconds and the bandwidth around it."""
-        before = self.probe()
-        seconds = test()
-        return seconds, max(before, self.probe())
-
-
 def environment(runner: Runner, threads: int) -> dict[str, Any]:
     """What a figure must be read with: machine, versions, model, number formats."""
     graph = runner.graph
@@ -270,7 +264,10 @@ def environment(runner: Runner, threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "backend": runner.backend,
-        "operators": native_operators.instruction_set() if runner.native else "portable",
+        "operators": _operators(runner),
+        "engine": runner.engine,
+        "device": cuda.device().name if runner.engine is not None else None,
+        "device_memory": runner.memory,
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
         "mythos_export": __version__,
@@ -279,6 +276,13 @@ def environment(runner: Runner, threads: int) -> dict[str, Any]:
         "compute_dtype": graph.dtype,
         "cache_dtype": graph.cache_dtype,
     }
+
+
+def _operators(runner: Runner) -> str | None:
+    """Instruction set of the native kernels, or "portable"; None where an engine runs."""
+    if runner.engine is not None:
+        return None
+    return native_operators.instruction_set() if runner.native else "portable"
 
 
 def cpu_name() -> str:

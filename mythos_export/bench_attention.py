@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mythos_export import footprint, ops
-from mythos_export.bench import ReadBandwidth, environment
+from mythos_export.bandwidth import ReadBandwidth
+from mythos_export.bench import environment
 from mythos_export.config import AttentionConfig, LatentAttentionConfig, ModelConfig
 from runtimes.errors import InputError
 from runtimes.onnxruntime_backend import session_options
@@ -83,7 +84,7 @@ def bench_attention(
     for context in contexts:
         if context < 1:
             raise InputError(f"attention over {context} rows; expected at least 1")
-    runner = load(bundle, threads=threads, native=native)
+    runner = load(bundle, "onnxruntime", threads, native)
     cache_dtype = cache_dtype or runner.graph.cache_dtype
     config = ModelConfig.from_dict(runner.manifest.model)
     attention = config.layers[0].attention

@@ -63,9 +63,9 @@ def evaluate_against(
 ) -> dict[int, Comparison]:
     """As evaluate, held against another model at the same loop counts: KL(against ‖ bundle), ratio of perplexities, agreement.
 
-    against: a bundle, run as `load` runs it with threads and native; or a checkpoint (what load_checkpoint takes), run in torch in
-    float32. It must have the bundle's vocabulary, and its tokenizer where both have one. Raises InputError, BundleError or
-    CheckpointError before scoring anything.
+    against: a bundle, run on onnxruntime with threads and native (see load); or a checkpoint (what load_checkpoint takes), run in
+    torch in float32. It must have the bundle's vocabulary, and its tokenizer where both have one. Raises InputError, BundleError
+    or CheckpointError before scoring anything.
     """
     depths = _depths(runner, loops)
     is_bundle = (Path(against) / MANIFEST).is_file()
@@ -97,7 +97,7 @@ class _Against:
 
 
 def _bundle(path: str | Path, depths: Sequence[int], threads: int | None, native: bool | None) -> _Against:
-    runner = load(path, threads=threads, native=native)
+    runner = load(path, "onnxruntime", threads, native)
     for depth in depths:
         try:
             check_n_loops(runner.graph, depth, 1)

@@ -36,7 +36,8 @@ def size(n_bytes: float) -> str:
 
 def bench_report(report: Report, form: str) -> str:
     """form: table, md or csv."""
-    header = ["test", "t/s", "± std", "bytes/token", "GB/s", "share of read bandwidth"]
+    kind = "copy" if report.environment["engine"] else "read"  # what was probed, of the GPU's memory or the host's
+    header = ["test", "t/s", "± std", "bytes/token", "GB/s", f"share of {kind} bandwidth"]
     rows = [
         [
             row.test,
@@ -64,12 +65,31 @@ def bench_report(report: Report, form: str) -> str:
         return table
     environment = report.environment
     return (
-        f"{environment['cpu']}, {environment['threads']} threads, {environment['backend']} {environment['onnxruntime']}, "
-        f"{environment['operators']} operators; "
+        f"{_where(environment)}; "
         f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['cache_dtype']} cache, "
         f"{environment['loops']} loops, batch {environment['batch']}\n{table}\n"
-        f"read bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s; peak memory {size(report.peak_memory_bytes)}, of it "
-        f"weights {size(report.weights_bytes)}, cache {size(report.cache_bytes)}"
+        f"{kind} bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s; "
+        f"{_memory(report)}"
+    )
+
+
+def _where(environment: dict[str, Any]) -> str:
+    if environment["engine"]:
+        return f"{environment['device']}, engine {environment['engine']}"
+    return (
+        f"{environment['cpu']}, {environment['threads']} threads, {environment['backend']} {environment['onnxruntime']}, "
+        f"{environment['operators']} operators"
+    )
+
+
+def _memory(report: Report) -> str:
+    planned = report.environment["device_memory"]
+    if planned is not None:
+        parts = ", ".join(f"{name} {size(planned[name])}" for name in ("weights", "activations", "cache", "staging"))
+        return f"device memory {size(planned['needed'])}: {parts}"
+    return (
+        f"peak memory {size(report.peak_memory_bytes)}, of it weights {size(report.weights_bytes)}, "
+        f"cache {size(report.cache_bytes)}"
     )
 
 

@@ -53,7 +53,7 @@ def verify_bundle(
     (TOLERANCES) are wider. Raises InputError where bundle and checkpoint do not belong together.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
-    runner = load(bundle)
+    runner = load(bundle, "onnxruntime")
     if ModelConfig.from_dict(runner.manifest.model) != checkpoint.config:
         raise InputError(
             f"{bundle}: was exported from another model than {checkpoint.source.name}; pass its own checkpoint"

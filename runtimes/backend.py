@@ -5,17 +5,33 @@ Shape letters: B batch, S new tokens, K positions with logits, V vocab_size, C c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.bundle import Graph
 
+if TYPE_CHECKING:
+    from runtimes.device_memory import DeviceMemory
+
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 Array = NDArray[Any]
+
+
+_log = logging.getLogger("mythos_export")
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """Warns, the first time in this process only."""
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)
 
 
 class StepInput(NamedTuple):
@@ -44,20 +60,100 @@ class Cancelled(Exception):
     """A step was stopped because the caller asked for it: no error, and it never leaves a Generation."""
 
 
+class NewTokens(NamedTuple):
+    """What a step adds to sequences: ids [B, S], of which the first counts[b] [B] are row b's; positions [B, K], those of the S
+    that get logits; n_loops [B], each row's depth."""
+
+    ids: Int64
+    counts: Int64
+    positions: Int64
+    n_loops: Int64
+
+
+class Logits(NamedTuple):
+    """logits [B, K, V]; exit_loop [B, S]."""
+
+    logits: Float32
+    exit_loop: Int64
+
+
+class Likeliest(NamedTuple):
+    """tokens [B, K]: of the largest logit, the lowest id among equals; logprobs [B, K]: their natural log-probabilities;
+    exit_loop [B, S]."""
+
+    tokens: Int64
+    logprobs: Float64
+    exit_loop: Int64
+
+
+class Sequences(Protocol):
+    """Sequences that grow together and their cache, which lives where the backend computes. After an error they are as before."""
+
+    @property
+    def length(self) -> Int64:
+        """Tokens of each in the cache, [B]."""
+        ...
+
+    def step(self, new: NewTokens, stop: StopSignal) -> Logits:
+        """Adds tokens. Raises Cancelled when stop is set before or during the step, BackendError when it fails."""
+        ...
+
+    def step_greedy(self, new: NewTokens, stop: StopSignal) -> Likeliest:
+        """As step, where only the likeliest token is wanted."""
+        ...
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all sequences but these."""
+        ...
+
+    def close(self) -> None:
+        """Frees the cache; may be called again."""
+        ...
+
+
 class Backend(Protocol):
-    """One step of the graph, any batch, any number of new tokens."""
+    """Runs a bundle's graph: any batch, any number of new tokens within its limits."""
 
     name: str
-    graph: Graph
+    graph: Graph  # as it runs here: dtype and cache_dtype may differ from the bundle's
     native: bool  # whether the native operators run, not their portable bodies
+    max_context: int  # tokens a sequence can have
+
+    @property
+    def engine(self) -> str | None:
+        """Key of the engine in use, of a backend that has some."""
+        ...
+
+    @property
+    def memory(self) -> DeviceMemory | None:
+        """What was planned of a device's memory, of a backend that has its own."""
+        ...
 
     def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
         """Evaluates the graph. Raises Cancelled when stop is set before or during the step, BackendError when it fails."""
         ...
 
+    def start(self, batch: int, slots: int, tokens: int = 0) -> Sequences:
+        """New, empty sequences with so many cache slots. tokens: how long they are expected to become, 0 where nobody knows; a
+        backend that plans memory refuses early what will not fit. Raises InputError beyond its limits, BackendError where memory is
+        short."""
+        ...
+
+    def check(self, batch: int, tokens: int) -> None:
+        """Raises InputError, naming the limit and how to raise it, for sequences that it cannot take."""
+        ...
+
+    def longest_step(self, batch: int, every_position: bool) -> int | None:
+        """Most new tokens of a step of so many sequences, with logits of the last position or of all; None: no limit."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds; nothing runs afterwards. May be called again."""
+        ...
+
 
 class StopSignal:
-    """Set from any thread to stop a generation, a running step included."""
+    """Set from any thread to stop a generation, and a running step where the backend can."""
 
     def __init__(self) -> None:
         self.is_set = False

@@ -108,9 +108,10 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """engine.json: plans of one bundle for one TensorRT version and GPU.
 
     backend, version: the library ("tensorrt" or "tensorrt-rtx") and its version (major.minor.patch). device: the GPU's name, ""
-    where it was built without one. compute_capabilities: like "9.0". graph_file, graph_sha256, weights_sha256: what of the bundle it was
-    made from. dtype: of the matrix products; cache_dtype: of past_kv and new_kv. integers: dtype of all integer inputs and outputs.
-    host_inputs: inputs that TensorRT reads from host memory. cuda_graph: whether a step may be captured. build_seconds: wall clock.
+    where it was built without one. compute_capabilities: like "9.0". graph_file, graph_sha256, weights_sha256: what of the bundle
+    it was made from. dtype: of the matrix products; cache_dtype: of past_kv and new_kv. integers: dtype of all integer inputs and
+    outputs. host_inputs: inputs that TensorRT reads from host memory. cuda_graph: whether a step may be captured. build_seconds:
+    wall clock.
     """
 
     format: Literal["mythos-engine"]
@@ -141,10 +142,11 @@ def engine_key(backend: str, version: str, compute_capabilities: tuple[str, ...]
 
 
 def list_engines(folder: Path) -> list[tuple[Path, Engine | BundleError]]:
-    """Engines of the bundle in a folder, by name: each with its metadata, or with why that cannot be used. Plans are not read."""
+    """Engines of the bundle in a folder, by name: each with its metadata, or with why that cannot be used. Plans are not read.
+    Raises BundleError where engines/ is a link."""
     home = folder / FOLDER
     if home.is_symlink():
-        return [(home, BundleError(f"{home}: is a link; engines are used from the bundle's own folder only"))]
+        raise BundleError(f"{home}: is a link; engines are used from the bundle's own folder only")
     if not home.is_dir():
         return []
     paths = sorted(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from runtimes.backend import Cancelled, Float32
+from runtimes.backend import Cancelled, Int64
 from runtimes.sampling import Sampling, SplitMix64, log_softmax
 from runtimes.session import Session
 
@@ -140,8 +140,8 @@ class Limits:
 class Generation:
     """Iterate over it for tokens as they come, of all sequences in turn; or call complete().
 
-    cancel() may be called from another thread, also during a step. finish_reasons: "length", "eos", "stop", "context" or
-    "cancelled", one a sequence. Made by Runner.generate.
+    cancel() may be called from another thread, also during a step (a GPU finishes that step first). finish_reasons: "length",
+    "eos", "stop", "context" or "cancelled", one a sequence. Made by Runner.generate.
     """
 
     def __init__(
@@ -199,8 +199,7 @@ class Generation:
                 if self._session.stop.is_set:
                     raise Cancelled
                 began = time.perf_counter()
-                logits, exit_loop = self._session.advance(step)
-                tokens = [self._choose(sequence, logits[b]) for b, sequence in enumerate(active)]
+                tokens, exit_loop = self._step(active, step)
                 self._count(time.perf_counter() - began, len(active), int(exit_loop.sum()), decoding)
                 yield from tokens
                 going = [b for b, sequence in enumerate(active) if sequence.finish_reason is None]
@@ -213,10 +212,23 @@ class Generation:
             for sequence in active:
                 sequence.finish_reason = sequence.finish_reason or "cancelled"
                 sequence.text.flush()
+        finally:
+            self._session.close()
 
-    def _choose(self, sequence: SequenceState, logits: Float32) -> Token:
-        token = self._sampling.choose(logits, sequence.seen, sequence.random)
-        logprob = float(log_softmax(logits)[token])
+    def _step(self, active: list[SequenceState], step: list[list[int]]) -> tuple[list[Token], Int64]:
+        """Feeds each active sequence its next ids and chooses a token for each; returns exit_loop [B] as well."""
+        if self._sampling.is_argmax:
+            likeliest = self._session.advance_greedy(step)
+            chosen = zip(active, likeliest.tokens.tolist(), likeliest.logprobs.tolist(), strict=True)
+            return [self._accept(*choice) for choice in chosen], likeliest.exit_loop
+        logits, exit_loop = self._session.advance(step)
+        tokens = []
+        for sequence, row in zip(active, logits, strict=True):
+            token = self._sampling.choose(row, sequence.seen, sequence.random)
+            tokens.append(self._accept(sequence, token, float(log_softmax(row)[token])))
+        return tokens, exit_loop
+
+    def _accept(self, sequence: SequenceState, token: int, logprob: float) -> Token:
         sequence.seen.append(token)
         sequence.new_ids.append(token)
         limits = self._limits

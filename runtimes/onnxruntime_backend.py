@@ -9,9 +9,10 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from runtimes import native_operators
-from runtimes.backend import Cancelled, StepInput, StepOutput, StopSignal
+from runtimes.backend import Cancelled, StepInput, StepOutput, StopSignal, say_once
 from runtimes.bundle import Graph, Manifest
 from runtimes.errors import BackendError, BundleError
+from runtimes.host_sequences import HostSequences
 
 _log = logging.getLogger("mythos_export")
 _FAILURES = tuple(
@@ -28,6 +29,8 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
+    engine = None
+    memory = None
 
     def __init__(
         self, folder: Path, manifest: Manifest, threads: int | None = None, native: bool | None = None
@@ -41,6 +44,21 @@ class OnnxRuntimeBackend:
         self._session, self.native = _open(folder / self.graph.file, threads, wanted, may_fall_back=native is None)
         self._inputs, self._outputs = _names(self.graph)
         _check_contract(folder, self.graph, self._session)
+        self.max_context = self.graph.max_seq_len
+
+    def start(self, batch: int, slots: int, tokens: int = 0) -> HostSequences:
+        """Sequences with a cache in the host's memory, which grows as they do."""
+        return HostSequences(self, batch, slots)
+
+    def check(self, batch: int, tokens: int) -> None:
+        """Nothing is refused: the graph takes any batch, and the Runner checks the model's positions."""
+
+    def longest_step(self, batch: int, every_position: bool) -> int | None:
+        """No limit."""
+        return None
+
+    def close(self) -> None:
+        """The session goes with the last reference to it."""
 
     def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
         feeds = {name: getattr(step, name) for name in self._inputs}
@@ -77,9 +95,7 @@ def _open(
             raise BackendError(f"{path}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
         reason = str(error)
     portable = _open(path, threads, native=False, may_fall_back=False)
-    _say_once(
-        f"the native operators cannot be used, portable bodies run instead: {reason}; {native_operators.remedy()}"
-    )
+    say_once(f"the native operators cannot be used, portable bodies run instead: {reason}; {native_operators.remedy()}")
     return portable
 
 
@@ -135,7 +151,7 @@ def _choose(manifest: Manifest) -> Graph:
     for graph in manifest.graphs:
         if graph.dtype == "float32" and graph.cache_dtype != "bfloat16":
             if graph.weight_dtype in ("float16", "bfloat16"):
-                _say_once(
+                say_once(
                     f"onnxruntime's CPU kernels do not compute in {graph.weight_dtype}: "
                     "the weights are converted to float32 at load"
                 )
@@ -145,12 +161,3 @@ def _choose(manifest: Manifest) -> Graph:
         f"the bundle has graphs for {graphs} only; onnxruntime's CPU provider needs one that computes in float32, with a cache "
         "that numpy can hold (it has no bfloat16): export again with this release"
     )
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        _log.warning(message)

@@ -13,32 +13,48 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from runtimes.backend import Backend, Float32, StepInput, StepOutput, StopSignal
+from runtimes.backends import open_backend
 from runtimes.bundle import Manifest, open_bundle
-from runtimes.errors import BackendError, BundleError, InputError
+from runtimes.errors import BundleError, InputError
 from runtimes.generation import Generation, Limits, SequenceState, StreamedText
-from runtimes.onnxruntime_backend import OnnxRuntimeBackend
 from runtimes.sampling import Sampling, SplitMix64, log_softmax
 from runtimes.session import PREFILL_CHUNK, Session, check_ids
+from runtimes.tensorrt_backend import DeviceRequest
 
 Prompt = str | Sequence[int]
-BACKENDS = ("auto", "onnxruntime")
 
 
-def load(bundle: str | Path, backend: str = "auto", threads: int | None = None, native: bool | None = None) -> Runner:
+def load(
+    bundle: str | Path,
+    backend: str = "auto",
+    threads: int | None = None,
+    native: bool | None = None,
+    *,
+    engine: str | None = None,
+    max_batch: int = 1,
+    max_context: int | None = None,
+) -> Runner:
     """Checks a bundle and makes it ready to run.
 
-    backend: "auto" takes the best available here, "onnxruntime" runs anywhere. threads: CPU threads, default all cores.
-    native: the operators' native kernels; default where they are built, False for the portable bodies.
-    Raises BundleError for a damaged or foreign bundle, BackendError for an unknown or failing backend, InputError for threads
-    below 1.
+    backend: "auto" takes an engine of the bundle that fits this GPU and the TensorRT installed, else onnxruntime, and says once
+    why; "tensorrt" and "tensorrt-rtx" are errors where they cannot run; "onnxruntime" runs anywhere. threads: onnxruntime's,
+    default all cores. native: the operators' native kernels; default where they are built, False for the portable bodies.
+
+    For engines only: engine: key of the one to use (`mythos-export build --list`), default the bundle's own dtype first, then the
+    fastest. max_batch, max_context: device memory is planned for so many sequences of so many tokens, default one of the longest
+    the engine takes; more may run later if the memory is there.
+
+    Raises BundleError for a damaged or foreign bundle or engine, BackendError for an unknown or failing backend or too little
+    device memory, InputError for threads, max_batch or max_context that are below 1 or beyond the engine.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f'backend is "{backend}"; expected one of {", ".join(BACKENDS)}')
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; expected at least 1")
+    numbers = (("threads", threads), ("max_batch", max_batch), ("max_context", max_context))
+    for name, value in numbers:
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; expected at least 1")
     folder, manifest = open_bundle(bundle)
     tokenizer = _load_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
-    return Runner(manifest, OnnxRuntimeBackend(folder, manifest, threads, native), tokenizer)
+    request = DeviceRequest(engine, max_batch, max_context)
+    return Runner(manifest, open_backend(backend, folder, manifest, threads, native, request), tokenizer)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
@@ -49,7 +65,10 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 
 
 class Runner:
-    """A loaded bundle. Any number of generations may run on it at once, each with its own cache. Made by load()."""
+    """A loaded bundle. Any number of generations may run on it at once, each with its own cache. Made by load().
+
+    close(), or the end of a with block, frees what it holds of a GPU; so does the garbage collector.
+    """
 
     def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer | None) -> None:
         self.manifest = manifest
@@ -63,6 +82,17 @@ class Runner:
         return self._backend.name
 
     @property
+    def engine(self) -> str | None:
+        """Key of the engine in use; None on onnxruntime."""
+        return self._backend.engine
+
+    @property
+    def memory(self) -> dict[str, int] | None:
+        """Device memory as planned at load, in bytes by use (see DeviceMemory); None on onnxruntime."""
+        memory = self._backend.memory
+        return None if memory is None else memory.to_dict()
+
+    @property
     def native(self) -> bool:
         """Whether the operators' native kernels run, not their portable bodies."""
         return self._backend.native
@@ -71,6 +101,16 @@ class Runner:
     def has_tokenizer(self) -> bool:
         """Whether the bundle can encode and decode text."""
         return self._tokenizer is not None
+
+    def close(self) -> None:
+        """Frees device memory; the runner, its sessions and generations are of no use afterwards. May be called again."""
+        self._backend.close()
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def run_step(self, step: StepInput) -> StepOutput:
         """One evaluation of the graph as it is: cache given, new rows returned."""
@@ -87,10 +127,15 @@ class Runner:
         return text
 
     def session(
-        self, batch: int = 1, n_loops: int | Sequence[int] | None = None, chunk: int = PREFILL_CHUNK
+        self,
+        batch: int = 1,
+        n_loops: int | Sequence[int] | None = None,
+        chunk: int = PREFILL_CHUNK,
+        tokens: int = 0,
     ) -> Session:
-        """A batch of sequences to feed step by step with one's own sampler. chunk: tokens a prefill step."""
-        return Session(self._backend, batch, n_loops, chunk)
+        """A batch of sequences to feed step by step with one's own sampler. chunk: tokens a prefill step. tokens: how long they are
+        expected to become, if known: too little device memory is told at once."""
+        return Session(self._backend, batch, n_loops, chunk, tokens)
 
     def generate(
         self,
@@ -128,11 +173,14 @@ class Runner:
         ]
         limits = Limits(
             max_new_tokens,
-            self.graph.max_seq_len,
+            self._backend.max_context,
             frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
             stop_ids,
         )
-        return Generation(self.session(len(ids), n_loops), sequences, sampling, limits, batched, seed)
+        longest = max(len(row) for row in ids)
+        self._backend.check(len(ids), longest)
+        session = self.session(len(ids), n_loops, tokens=min(longest + max_new_tokens, limits.max_seq_len))
+        return Generation(session, sequences, sampling, limits, batched, seed)
 
     def score(self, ids: Prompt, n_loops: int | None = None, *, logits: bool = False) -> NDArray[np.float64] | Float32:
         """How likely the model finds a sequence.

@@ -76,6 +76,11 @@ class Sampling:
             if not ok:
                 raise InputError(f"{name} is {getattr(self, name)}; expected {expected}")
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the choice is the largest logit, whatever was seen before."""
+        return self.temperature == 0 and self.repetition_penalty == 1.0
+
     def choose(self, logits: Float32, seen: Sequence[int], random: SplitMix64) -> int:
         """The next token's id from logits [V]; seen: prompt and generated ids so far."""
         values: NDArray[Any] = logits

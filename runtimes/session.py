@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from runtimes.backend import Backend, Float32, Int64, StepInput, StopSignal
+from runtimes.backend import Backend, Float32, Int64, Likeliest, NewTokens, StopSignal
 from runtimes.bundle import Graph
-from runtimes.cache import Cache
 from runtimes.errors import InputError
 
 PREFILL_CHUNK = 512  # tokens a step: bounds the memory of scores and expert inputs, long enough to use the cores
@@ -31,11 +31,18 @@ class Session:
     """Sequences that grow together. For those who bring their own sampler; `Runner.generate` is built on it.
 
     n_loops: depth of all rows or of each; a row may run fewer loops later, never more: the deeper loops' cache rows of earlier
-    tokens would be missing. Raises InputError for a depth the graph cannot run.
+    tokens would be missing. chunk: tokens a step at most; fewer where the backend takes fewer. tokens: how long the sequences are
+    expected to become, for backends that plan memory; 0 where nobody knows. Raises InputError for a depth the graph cannot run or a
+    batch the backend cannot take.
     """
 
     def __init__(
-        self, backend: Backend, batch: int, n_loops: int | Sequence[int] | None = None, chunk: int = PREFILL_CHUNK
+        self,
+        backend: Backend,
+        batch: int,
+        n_loops: int | Sequence[int] | None = None,
+        chunk: int = PREFILL_CHUNK,
+        tokens: int = 0,
     ) -> None:
         if batch < 1:
             raise InputError(f"batch is {batch}; expected at least 1")
@@ -45,13 +52,12 @@ class Session:
         self.stop = StopSignal()
         self.n_loops = check_n_loops(graph, n_loops, batch)
         self._backend, self._graph, self._chunk = backend, graph, chunk
-        slots = graph.slots(int(self.n_loops.max()))
-        self._cache = Cache(slots, batch, graph.cache_width, graph.cache_dtype)
+        self._sequences = backend.start(batch, graph.slots(int(self.n_loops.max())), tokens)
 
     @property
     def past_len(self) -> Int64:
         """Tokens of each row in the cache, [B]."""
-        return self._cache.length
+        return self._sequences.length
 
     def lower_n_loops(self, n_loops: int | Sequence[int]) -> None:
         """Sets the depth from here on, per row; raises InputError where a row would go deeper than before."""
@@ -70,47 +76,66 @@ class Session:
         the last one of each. Raises InputError for ids out of range or beyond the model's positions."""
         logits = np.empty((len(ids), self._graph.vocab_size), dtype=np.float32)
         exit_loop = np.empty(len(ids), dtype=np.int64)
-        for chunk in self._feed(ids, every_position=False):
-            logits[chunk.row], exit_loop[chunk.row] = chunk.logits[-1], chunk.exit_loop[-1]
+        for _, new, ending in self._chunks(ids, every_position=False):
+            out = self._sequences.step(new, self.stop)
+            logits[ending] = out.logits[ending, 0]
+            exit_loop[ending] = out.exit_loop[ending, new.positions[ending, 0]]
         return logits, exit_loop
+
+    def advance_greedy(self, ids: Sequence[Sequence[int]]) -> Likeliest:
+        """As advance, where only the likeliest token is wanted: tokens, logprobs and exit_loop, each [B]. Backends with a memory of
+        their own then leave the logits there."""
+        tokens = np.empty(len(ids), dtype=np.int64)
+        logprobs = np.empty(len(ids), dtype=np.float64)
+        exit_loop = np.empty(len(ids), dtype=np.int64)
+        for _, new, ending in self._chunks(ids, every_position=False):
+            out = self._sequences.step_greedy(new, self.stop)
+            tokens[ending], logprobs[ending] = out.tokens[ending, 0], out.logprobs[ending, 0]
+            exit_loop[ending] = out.exit_loop[ending, new.positions[ending, 0]]
+        return Likeliest(tokens, logprobs, exit_loop)
 
     def advance_scored(self, ids: Sequence[Sequence[int]]) -> Iterator[Chunk]:
         """As advance, with the logits of every position, a chunk and row at a time."""
-        return self._feed(ids, every_position=True)
+        for start, new, _ in self._chunks(ids, every_position=True):
+            out = self._sequences.step(new, self.stop)
+            for b, count in enumerate(new.counts.tolist()):
+                if count:
+                    yield Chunk(b, start, out.logits[b, :count], out.exit_loop[b, :count])
 
     def keep(self, rows: list[int]) -> None:
         """Goes on with these rows only."""
-        self._cache.keep(rows)
+        self._sequences.keep(rows)
         self.n_loops = self.n_loops[rows]
 
-    def _feed(self, ids: Sequence[Sequence[int]], every_position: bool) -> Iterator[Chunk]:
+    def close(self) -> None:
+        """Frees the cache; the session is of no use afterwards. May be called again."""
+        self._sequences.close()
+
+    def _chunks(
+        self, ids: Sequence[Sequence[int]], every_position: bool
+    ) -> Iterator[tuple[int, NewTokens, NDArray[np.intp]]]:
+        """Steps for these ids: where each starts in its row, its input, and the rows that end in it."""
         self._check_ids(ids)
-        longest = max(len(row) for row in ids)
-        for start in range(0, longest, self._chunk):
-            parts = [row[start : start + self._chunk] for row in ids]
+        lengths = np.array([len(row) for row in ids])
+        chunk = min(self._chunk, self._backend.longest_step(len(ids), every_position) or self._chunk)
+        for start in range(0, int(lengths.max()), chunk):
+            parts = [row[start : start + chunk] for row in ids]
             counts = np.array([len(part) for part in parts], dtype=np.int64)
-            width = int(counts.max())
-            tokens = np.zeros((len(ids), width), dtype=np.int64)
+            tokens = np.zeros((len(ids), int(counts.max())), dtype=np.int64)
             for b, part in enumerate(parts):
                 tokens[b, : len(part)] = part
             last = np.maximum(counts - 1, 0)
-            positions = np.broadcast_to(np.arange(width), tokens.shape) if every_position else last[:, None]
-            cache = self._cache
-            positions = np.ascontiguousarray(positions)
-            step = StepInput(tokens, cache.length, cache.rows, positions, self.n_loops, cache.scales)
-            out = self._backend.run(step, self.stop)
-            cache.append(out.new_kv, out.new_scale, counts)
-            for b, (row, count) in enumerate(zip(ids, counts.tolist(), strict=True)):
-                if every_position and count:
-                    yield Chunk(b, start, out.logits[b, :count], out.exit_loop[b, :count])
-                elif not every_position and start < len(row) <= start + count:
-                    yield Chunk(b, len(row) - 1, out.logits[b], out.exit_loop[b, count - 1 : count])
+            positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if every_position else last[:, None]
+            ending = np.flatnonzero((lengths > start) & (lengths <= start + chunk))
+            yield start, NewTokens(tokens, counts, np.ascontiguousarray(positions), self.n_loops), ending
 
     def _check_ids(self, ids: Sequence[Sequence[int]]) -> None:
         if len(ids) != len(self.past_len):
             raise InputError(f"{len(ids)} rows of ids for a session of {len(self.past_len)} sequences")
         for b, row in enumerate(ids):
             check_ids(row, self._graph, f"sequence {b}", int(self.past_len[b]))
+        longest = int(self.past_len.max()) + max(len(row) for row in ids)
+        self._backend.check(len(ids), longest)
 
 
 def check_n_loops(graph: Graph, n_loops: int | Sequence[int] | None, batch: int) -> Int64:

@@ -210,11 +210,11 @@ def find(backend: str) -> TensorRT:
 def _logger(module: Any) -> Any:
     """TensorRT's messages in Python's logging, as mythos_export.tensorrt; the last error is kept for exceptions."""
     levels = {
-        module.ILogger.INTERNAL_ERROR: logging.ERROR,
-        module.ILogger.ERROR: logging.ERROR,
-        module.ILogger.WARNING: logging.INFO,  # nearly all are of no use to who runs a bundle
-        module.ILogger.INFO: logging.DEBUG,
-        module.ILogger.VERBOSE: logging.NOTSET,
+        module.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
+        module.ILogger.Severity.ERROR: logging.ERROR,
+        module.ILogger.Severity.WARNING: logging.INFO,  # nearly all are of no use to who runs a bundle
+        module.ILogger.Severity.INFO: logging.DEBUG,
+        module.ILogger.Severity.VERBOSE: logging.NOTSET,
     }
 
     class Logger(module.ILogger):  # type: ignore[name-defined, misc]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import shutil
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_engine import add_engine
+from fake_tensorrt import FakeCuda, FakeTensorRT
 
-from mythos_export.export import export_bundle
+from runtimes import backend as backend_module
+from runtimes import cuda, device_memory, tensorrt_api
+from runtimes.errors import BackendError
 from runtimes.runner import Runner, load
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +32,8 @@ def shakespeare() -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint with a dynamic loop count of up to 12."""
+    from mythos_export.export import export_bundle  # needs torch; tests of the Runner alone do without
+
     target = tmp_path_factory.mktemp("tiny") / "bundle"
     export_bundle(shakespeare, target, max_loops=12)
     return target
@@ -30,6 +42,8 @@ def tiny_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def fixed_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint with its 4 loops unrolled."""
+    from mythos_export.export import export_bundle
+
     target = tmp_path_factory.mktemp("fixed") / "bundle"
     export_bundle(shakespeare, target, loops=4)
     return target
@@ -46,3 +60,84 @@ def shared() -> Path:
     if not (SHARED / "checkpoints").is_dir():
         pytest.skip("needs ../shared (trained checkpoints and texts), which is not beside this checkout")
     return SHARED
+
+
+def clear_caches() -> None:
+    tensorrt_api.find.cache_clear()
+    cuda._runtime.cache_clear()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, version: str) -> FakeTensorRT:
+    """Puts a fake CUDA and TensorRT where the real ones are imported from."""
+    fake = FakeTensorRT(FakeCuda(), version)
+    for name in ("cuda", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake.cuda)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    monkeypatch.setattr(backend_module, "_said", set())
+    clear_caches()
+    return fake
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
+    """A fake of TensorRT 8.6."""
+    yield install(monkeypatch, "8.6.1")
+    gc.collect()
+    clear_caches()
+
+
+@pytest.fixture
+def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy to put engines into."""
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def engine(fake: FakeTensorRT, own_bundle: Path) -> Path:
+    """An engine's folder, for TensorRT 8.6."""
+    return add_engine(own_bundle)
+
+
+def has_gpu() -> bool:
+    try:
+        cuda.device()
+        tensorrt_api.find("tensorrt")
+    except BackendError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def real_bundle() -> Path | None:
+    """A bundle with a real engine, where it can run."""
+    if not has_gpu():
+        return None
+    if "MYTHOS_TEST_BUNDLE" not in os.environ:
+        pytest.skip("there is a GPU, but MYTHOS_TEST_BUNDLE names no bundle with an engine for it")
+    return Path(os.environ["MYTHOS_TEST_BUNDLE"])
+
+
+@pytest.fixture(params=["8.6.1", "10.3.0"])
+def pair(
+    real_bundle: Path | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Runner, Runner]]:
+    """A bundle on an engine, of fakes of two versions (or once of the real thing, where there is a GPU), and on onnxruntime."""
+    if real_bundle is None:
+        bundle, fake = request.getfixturevalue("own_bundle"), install(monkeypatch, request.param)
+        monkeypatch.setattr(device_memory, "BUCKET", 16)
+        add_engine(bundle, version=fake.__version__, integers="int64" if fake.modern else "int32")
+    elif request.param == "8.6.1":
+        bundle = real_bundle
+    else:
+        pytest.skip("the version that is installed runs, once")
+    with load(bundle, "tensorrt") as on_gpu:
+        yield on_gpu, load(bundle, "onnxruntime", threads=2, native=False)
+    clear_caches()
+
+
+@pytest.fixture
+def runner_on_fake(engine: Path, own_bundle: Path) -> Iterator[Runner]:
+    with load(own_bundle, "tensorrt") as runner:
+        yield runner

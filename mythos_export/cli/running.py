@@ -18,6 +18,16 @@ class Backend(str, Enum):
 
     auto = "auto"
     onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+BackendName = Annotated[
+    Backend, typer.Option(help="Where to run; auto takes an engine of the bundle that fits this GPU, else onnxruntime.")
+]
+EngineKey = Annotated[
+    str | None, typer.Option("--engine", metavar="KEY", help="The engine to run; default the best that fits.")
+]
 
 
 class Form(str, Enum):
@@ -48,7 +58,11 @@ def generate(
         list[str] | None, typer.Option(help="A text or special token that ends the output; may be repeated.")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
-    backend: Annotated[Backend, typer.Option(help="Where to run.")] = Backend.auto,
+    backend: BackendName = Backend.auto,
+    engine: EngineKey = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Tokens that device memory is planned for; default the longest the engine takes.")
+    ] = None,
     threads: Threads = None,
     native: Native = None,
     as_json: Json = False,
@@ -59,7 +73,7 @@ def generate(
 
     if (prompt is None) == (ids is None):
         raise InputError("expected either --prompt TEXT or --ids 1,2,3")
-    runner = load(bundle, backend.value, threads, native)
+    runner = load(bundle, backend.value, threads, native, engine=engine, max_context=max_context)
     generation = runner.generate(
         prompt if prompt is not None else numbers(ids, "--ids") or [],
         max_new_tokens=max_new_tokens,
@@ -99,10 +113,15 @@ def evaluate(
     bundle: Bundle,
     text: Annotated[Path, typer.Option(help="Text to score (.jsonl or plain).")],
     against: Annotated[
-        str | None, typer.Option(metavar="BUNDLE|SOURCE", help="Another bundle, or a checkpoint, to compare with.")
+        str | None,
+        typer.Option(
+            metavar="BUNDLE|SOURCE", help="Another bundle (on onnxruntime), or a checkpoint, to compare with."
+        ),
     ] = None,
     loops: LoopList = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score so many tokens at most.")] = None,
+    backend: BackendName = Backend.auto,
+    engine: EngineKey = None,
     threads: Threads = None,
     native: Native = None,
     as_json: Json = False,
@@ -115,7 +134,7 @@ def evaluate(
 
     depths = numbers(loops, "--loops")
     with progress_bar(quiet or as_json) as tell:
-        runner = load(bundle, threads=threads, native=native)
+        runner = load(bundle, backend.value, threads, native, engine=engine)
         if against is None:
             alone = evaluation.evaluate(runner, text, depths, max_tokens, tell)
             results = {str(n): quality.to_dict() for n, quality in alone.items()}
@@ -137,6 +156,8 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", help="Repetitions.")] = 5,
     batch: Annotated[int, typer.Option("-b", help="Sequences at once.")] = 1,
     loops: Annotated[int | None, typer.Option(help="Loop count; default the trained one.")] = None,
+    backend: BackendName = Backend.auto,
+    engine: EngineKey = None,
     threads: Threads = None,
     native: Native = None,
     reference: Annotated[
@@ -171,7 +192,6 @@ def bench(
         emit(as_json, alone.to_dict(), "" if as_json else attention_report(alone.to_dict()))
         return
     with progress_bar(quiet or as_json) as tell:
-        report = run(
-            bundle, Workload(prompt, new, context, repetitions, batch, loops, threads, native), reference, tell
-        )
+        workload = Workload(prompt, new, context, repetitions, batch, loops, threads, native, backend.value, engine)
+        report = run(bundle, workload, reference, tell)
     emit(as_json, report.to_dict(), "" if as_json else bench_report(report, form.value))

@@ -1,0 +1,44 @@
+"""Sequences whose cache lies in the host's memory, for backends that compute there."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtimes.backend import Backend, Int64, Likeliest, Logits, NewTokens, StepInput, StopSignal
+from runtimes.cache import Cache
+from runtimes.sampling import log_softmax
+
+
+class HostSequences:
+    """Runs steps through Backend.run, the cache given and the new rows appended here. Made by a backend's start()."""
+
+    def __init__(self, backend: Backend, batch: int, slots: int) -> None:
+        self._backend = backend
+        self._cache = Cache(slots, batch, backend.graph.cache_width, backend.graph.cache_dtype)
+
+    @property
+    def length(self) -> Int64:
+        """Tokens of each in the cache, [B]."""
+        return self._cache.length
+
+    def step(self, new: NewTokens, stop: StopSignal) -> Logits:
+        """Adds tokens; see Sequences."""
+        cache = self._cache
+        step = StepInput(new.ids, cache.length, cache.rows, new.positions, new.n_loops, cache.scales)
+        out = self._backend.run(step, stop)
+        cache.append(out.new_kv, out.new_scale, new.counts)
+        return Logits(out.logits, out.exit_loop)
+
+    def step_greedy(self, new: NewTokens, stop: StopSignal) -> Likeliest:
+        """Adds tokens; the likeliest next ones are found here, from the logits."""
+        logits, exit_loop = self.step(new, stop)
+        tokens = logits.argmax(-1)
+        logprobs = np.take_along_axis(log_softmax(logits), tokens[..., None], -1)[..., 0]
+        return Likeliest(tokens, logprobs, exit_loop)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all sequences but these."""
+        self._cache.keep(rows)
+
+    def close(self) -> None:
+        """The cache goes with the last reference to it."""

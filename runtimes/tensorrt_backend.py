@@ -1,0 +1,165 @@
+"""The TensorRT backend: an engine of the bundle on the GPU. Weights, cache and logits stay there; tokens come back.
+
+Shape letters: B batch, S new tokens, K positions with logits, C capacity and W width of the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from runtimes import cuda
+from runtimes.backend import StepInput, StepOutput, StopSignal
+from runtimes.bundle import Graph, Manifest
+from runtimes.device_memory import CacheLayout, DeviceMemory, plan_memory
+from runtimes.device_sequences import DeviceSequences
+from runtimes.device_weights import DeviceWeights
+from runtimes.dtypes import STORAGE, convert
+from runtimes.engines import Engine, Plan, Profile, check_source, read_plan
+from runtimes.errors import BundleError, InputError
+from runtimes.tensorrt_api import TensorRT
+from runtimes.tensorrt_step import Executor, StepShape
+
+_log = logging.getLogger("mythos_export")
+
+
+class DeviceRequest(NamedTuple):
+    """What is wanted of a GPU. engine: key of the engine to use, None for the best that fits. batch, context: sequences, and
+    tokens of each, that device memory is planned for; None the longest the engine takes."""
+
+    engine: str | None = None
+    batch: int = 1
+    context: int | None = None
+
+
+class TensorRTBackend:
+    """Runs a bundle's engine. folder: the bundle; engine_folder: engines/<key> in it.
+
+    Everything is checked before TensorRT sees a byte, memory is planned before any is taken. Raises BundleError for a stale or
+    damaged engine, InputError for a request beyond the engine's profiles, OutOfDeviceMemory with what is missing, BackendError for
+    what TensorRT refuses.
+    """
+
+    native = False
+
+    def __init__(
+        self,
+        tensorrt: TensorRT,
+        folder: Path,
+        engine_folder: Path,
+        engine: Engine,
+        manifest: Manifest,
+        request: DeviceRequest,
+    ) -> None:
+        check_source(engine_folder, engine, manifest)
+        self.name: str = engine.backend
+        self.engine = engine_folder.name
+        self.graph = _graph_of(engine_folder, engine, manifest)
+        self._profiles = [(plan, profile) for plan in engine.plans for profile in plan.profiles]
+        self._cache_dtype, self._layout = engine.cache_dtype, CacheLayout.of(engine, self.graph)
+        self._batches = [profile.batch for _, profile in self._profiles]
+        self.max_context = min(self.graph.max_seq_len, self._layout.capacities.max)
+        self.memory = self._planned(engine, request)
+        self._open: weakref.WeakSet[DeviceSequences] = weakref.WeakSet()
+        plans = [(plan, read_plan(engine_folder, engine, plan)) for plan in engine.plans]
+        stream = cuda.Stream()
+        self._weights = DeviceWeights(folder, engine.weights, stream)
+        deserialized = [(plan, tensorrt.deserialize(data)) for plan, data in plans]
+        self._executor = Executor(tensorrt, engine, self.graph, deserialized, self._weights, stream)
+
+    def _planned(self, engine: Engine, request: DeviceRequest) -> DeviceMemory:
+        context = self.max_context if request.context is None else min(request.context, self.graph.max_seq_len)
+        self.check(request.batch, context)
+        step = self.longest_step(request.batch, every_position=False)
+        memory = plan_memory(engine, self.graph, request.batch, context, step, cuda.free_bytes())
+        _log.info("%s: %s; %s are free", self.engine, memory, cuda.megabytes(memory.free))
+        memory.check()
+        return memory
+
+    def check(self, batch: int, tokens: int) -> None:
+        """Raises InputError, naming the limit and how to raise it, for sequences beyond the engine's profiles."""
+        if not any(batch in batches for batches in self._batches):
+            least, most = min(part.min for part in self._batches), max(part.max for part in self._batches)
+            raise InputError(
+                f"batch is {batch}; the engine {self.engine} takes {least} to {most}: run fewer at once, or build it again with "
+                f"`mythos-export build --max-batch {batch}`"
+            )
+        if tokens > self._layout.capacities.max:
+            raise InputError(
+                f"{tokens} tokens a sequence; the engine {self.engine} takes up to {self._layout.capacities.max}: shorten them, or "
+                f"build it again with `mythos-export build --max-context {tokens}`"
+            )
+
+    def longest_step(self, batch: int, every_position: bool) -> int:
+        """Most new tokens of a step of so many sequences that a profile takes."""
+        return max(_longest(plan, profile, batch, every_position) for plan, profile in self._profiles)
+
+    def start(self, batch: int, slots: int, tokens: int = 0) -> DeviceSequences:
+        """New sequences. Raises InputError beyond the engine's profiles, OutOfDeviceMemory where a cache of so many tokens would
+        not fit."""
+        self.check(batch, tokens)
+        size, free = self._layout.bytes(slots, batch, self._layout.capacity(tokens)), cuda.free_bytes()
+        if size > free:
+            raise cuda.OutOfDeviceMemory(
+                f"the cache of {batch} × {tokens} tokens needs {cuda.megabytes(size)} of device memory, {cuda.megabytes(free)} are "
+                f"free: {cuda.megabytes(size - free)} are missing; run fewer or shorter sequences at once",
+                size,
+                free,
+            )
+        sequences = DeviceSequences(self._executor, batch, slots)
+        self._open.add(sequences)
+        return sequences
+
+    def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
+        """One step over a cache that is given, in the host's memory: for comparing. past_kv is float32 where the cache is bfloat16,
+        and so is new_kv."""
+        slots, batch, rows, width = step.past_kv.shape
+        seq, k = step.input_ids.shape[1], step.logit_positions.shape[1]
+        self.check(batch, rows)
+        given = "float32" if self._cache_dtype == "bfloat16" else self._cache_dtype
+        with self._executor.lock:
+            sequences = DeviceSequences(self._executor, batch, slots, rows)
+            try:
+                sequences.fill(convert(step.past_kv, given, self._cache_dtype))
+                shape = StepShape(batch, seq, sequences.capacity, slots, k)
+                new_rows = np.empty(0, STORAGE[self._cache_dtype])
+
+                def download(address: int) -> None:
+                    nonlocal new_rows
+                    new_rows = self._executor.stream.download(address, new_rows.dtype, (slots, batch, seq, width))
+
+                values = {name: getattr(step, name) for name in ("input_ids", "past_len", "logit_positions", "n_loops")}
+                out = self._executor.run(shape, sequences.address, values, greedy=False, stop=stop, then=download)
+            finally:
+                sequences.close()
+        new_kv = convert(new_rows, self._cache_dtype, given)
+        return StepOutput(out["logits"], new_kv, out["exit_loop"].astype(np.int64, copy=False))
+
+    def close(self) -> None:
+        """Frees all device memory; sequences that are left are closed. May be called again."""
+        for sequences in list(self._open):
+            sequences.close()
+        self._executor.close()
+        self._weights.close()
+
+
+def _longest(plan: Plan, profile: Profile, batch: int, every_position: bool) -> int:
+    if batch not in profile.batch:
+        return 1
+    most = min(profile.seq.max, profile.k.max) if every_position else profile.seq.max
+    return most if plan.max_tokens is None else max(1, min(most, plan.max_tokens // batch))
+
+
+def _graph_of(engine_folder: Path, engine: Engine, manifest: Manifest) -> Graph:
+    for graph in manifest.graphs:
+        if graph.file == engine.graph_file:
+            weights = engine.dtype if graph.weight_dtype in STORAGE else graph.weight_dtype
+            return msgspec.structs.replace(
+                graph, dtype=engine.dtype, cache_dtype=engine.cache_dtype, weight_dtype=weights
+            )
+    raise BundleError(f"{engine_folder}: {engine.graph_file!r} is no graph of the bundle; do not use this engine")
