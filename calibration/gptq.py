@@ -33,8 +33,9 @@ def gptq(
     columns = weight.float().T.contiguous()  # a column of the matrix is a row here: one run of memory
     levels = _column_by_column(columns, h, form, scales)
     h = h.float()
+    moved = h @ columns
     for _ in range(sweeps):
-        scales = _fitted_scales(columns, h, form, scales, levels)
+        scales = _fitted_scales(moved, h, form, scales, levels)
         levels = _descended(columns, h, form, scales, levels)
     return form.store(levels.T.contiguous()), scales
 
@@ -64,23 +65,26 @@ def _each(form: Format, scales: Tensor, columns: Tensor) -> Tensor:
     return form.each(scales, len(columns)).T.contiguous()
 
 
-def _fitted_scales(columns: Tensor, h: Tensor, form: Format, scales: Tensor, levels: Tensor) -> Tensor:
-    """The scales [O, b] that make the error least with these levels [I, O], where they are sound; else as they were."""
+def _fitted_scales(moved: Tensor, h: Tensor, form: Format, scales: Tensor, levels: Tensor) -> Tensor:
+    """The scales [O, b] that make the error least with these levels [I, O], where they are sound; else as they were.
+
+    moved [I, O]: h · columns.
+    """
     if form.whole_rows:
         return scales
-    size = form.block_size
+    size, n_blocks = form.block_size, scales.shape[1]
 
     def by_block(x: Tensor) -> Tensor:
         """[I, O] summed over each block of channels -> [b, O]."""
         return torch.stack([block.sum(0) for block in x.split(size)])
 
-    wanted = by_block((h @ columns) * levels).T
-    normal = torch.stack(
-        [
-            by_block((h[:, start : start + size] @ levels[start : start + size]) * levels)
-            for start in range(0, len(columns), size)
-        ]
-    ).permute(2, 0, 1)
+    wanted = by_block(moved * levels).T
+    normal = torch.empty(n_blocks, n_blocks, len(scales))
+    for block in range(n_blocks):
+        start, stop = block * size, (block + 1) * size
+        products = (h[start:, start:stop] @ levels[start:stop]).mul_(levels[start:])
+        normal[block:, block] = normal[block, block:] = by_block(products)  # symmetric, as h is
+    normal = normal.permute(2, 0, 1)
     normal = normal + torch.diag_embed(
         1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand_as(wanted) + 1e-12
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -75,6 +76,95 @@ class TensorRT:
         if engine is None:
             raise BackendError(f"{self.backend} {self.version} refuses the plan: {self.last_error}")
         return DeserializedPlan(self, runtime, engine)
+
+    @property
+    def network_flags(self) -> int:
+        """For create_network: strongly typed where that exists, explicit batch where it must be said."""
+        flags = self.module.NetworkDefinitionCreationFlag
+        if self.capabilities.explicit_batch_flag:
+            return 1 << int(flags.EXPLICIT_BATCH)
+        return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+
+    def set_precision(self, config: Any, network: Any) -> None:
+        """Lets TensorRT compute in the types of the parsed network and in no others: no TF32; before strong typing, each layer is
+        held to the type of its outputs."""
+        module, flags = self.module, self.module.BuilderFlag
+        config.clear_flag(flags.TF32)
+        if self.capabilities.strongly_typed:
+            return
+        config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
+        floats, kinds = (module.DataType.FLOAT, module.DataType.HALF), set()
+        for layer in (network.get_layer(index) for index in range(network.num_layers)):
+            outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
+            kinds |= {output.dtype for output in outputs if output is not None}
+            if layer.type in (module.LayerType.CONSTANT, module.LayerType.CAST) or layer.type in _quantizing(module):
+                continue
+            if outputs and all(output is not None and output.dtype in floats for output in outputs):
+                layer.precision = outputs[0].dtype
+                for index, output in enumerate(outputs):
+                    layer.set_output_type(index, output.dtype)
+        if module.DataType.HALF in kinds:
+            config.set_flag(flags.FP16)
+        if module.DataType.INT8 in kinds:
+            config.set_flag(flags.INT8)
+
+    def set_compute_capabilities(self, config: Any, wanted: tuple[str, ...]) -> None:
+        """Builds for GPUs that need not be here, like "8.9". Raises BackendError for one that this library does not build for."""
+        kinds = getattr(self.module, "ComputeCapability", None)
+        if kinds is None:
+            raise BackendError(
+                f"{self.backend} {self.version} builds for the GPU at hand only; leave --compute-capability out, or use "
+                "--backend tensorrt-rtx"
+            )
+        known = {f"{name[2:-1]}.{name[-1]}": kind for name, kind in kinds.__members__.items() if name.startswith("SM")}
+        unknown = [text for text in wanted if text not in known]
+        if unknown:
+            raise BackendError(
+                f"{self.backend} {self.version} does not build for compute capability {', '.join(unknown)}; "
+                f"expected any of {', '.join(known)}"
+            )
+        config.num_compute_capabilities = len(wanted)
+        for index, text in enumerate(wanted):
+            config.set_compute_capability(known[text], index)
+
+    def set_timing_cache(self, config: Any, data: bytes) -> Any:
+        """A timing cache that begins as an earlier build left it (bytes of no use are ignored by TensorRT); None where this library
+        has none."""
+        if self.backend == "tensorrt-rtx":
+            return None  # it tunes where it runs
+        cache = config.create_timing_cache(data) or config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+        return cache
+
+    def set_progress(self, config: Any, progress: Callable[[str, int, int], None]) -> None:
+        """Reports phases of a build (their name, steps done, steps in all), where the library tells them."""
+        if self.capabilities.progress_monitor:
+            config.progress_monitor = _monitor(self.module, progress)
+
+
+def _quantizing(module: Any) -> tuple[Any, ...]:
+    return (module.LayerType.QUANTIZE, module.LayerType.DEQUANTIZE)
+
+
+def _monitor(module: Any, progress: Callable[[str, int, int], None]) -> Any:
+    class Monitor(module.IProgressMonitor):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, n_steps: int) -> None:
+            self._steps[name] = n_steps
+            if parent is None:
+                progress(name, 0, n_steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            progress(name, step + 1, self._steps[name])
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self._steps.pop(name, None)
+
+    return Monitor()
 
 
 class DeserializedPlan:

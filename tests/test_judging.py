@@ -1,8 +1,7 @@
-"""What is said of a quantization: the simulated model, the report, the sensitivity of operators."""
+"""What is said of a quantization: the simulated model against the bundle, the sensitivity of operators."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from mythos_export.divergence import compare
 from mythos_export.evaluate import RunnerScorer
 from mythos_export.quantize.bundle import QuantizableBundle, Text, quantize_bundle
 from mythos_export.quantize.recipe import to_toml
-from mythos_export.quantize.report import ReportRequest
 from mythos_export.quantize.sensitivity import check_recipe_file, measure_sensitivity
 from mythos_export.quantize.simulation import UnfoldedScorer, quantized_model
 from runtimes.errors import InputError
@@ -43,42 +41,6 @@ def test_the_simulated_model_is_the_bundle(tiny_bundle: Path, tmp_path: Path, te
     apart = compare(simulated, bundle, windows, [4])[4].kl_mean
     cost = compare(RunnerScorer(load(tiny_bundle)), bundle, windows, [4])[4].kl_mean
     assert apart < 0.2 * cost
-
-
-def test_the_report_shows_everything(tiny_bundle: Path, tmp_path: Path, text: Text) -> None:
-    request = ReportRequest(
-        tmp_path / "r.html", tiny_bundle, "int4-gptq", text=text, eval_text=text, recipes=("int4", "w8a8"), loops=(2, 4)
-    )
-    quantize_bundle(tiny_bundle, tmp_path / "q", "int4-gptq", text=text, then=request.write)
-    figures = json.loads((tmp_path / "r.json").read_text())
-    page = (tmp_path / "r.html").read_text()
-    assert not figures["left_out"]
-    for picture in ("matrix_errors", "activation_ranges", "expert_coverage", "recipes"):
-        assert (tmp_path / f"r.{picture}.png").read_bytes().startswith(b"\x89PNG")
-    assert page.count("data:image/png;base64,") == 4
-    assert [row["name"] for row in figures["recipes"]] == ["int4-gptq", "int4", "w8a8"]
-    assert "http://" not in page
-    assert 'src="http' not in page
-
-
-def test_a_report_without_text_says_what_it_lacks(tiny_bundle: Path, tmp_path: Path) -> None:
-    request = ReportRequest(tmp_path / "r.html", tiny_bundle, "int8")
-    quantize_bundle(tiny_bundle, tmp_path / "q", "int8", then=request.write)
-    figures = json.loads((tmp_path / "r.json").read_text())
-    assert set(figures["left_out"]) == {"activation_ranges", "expert_coverage", "recipes"}
-    assert "no calibration text" in (tmp_path / "r.html").read_text()
-
-
-def test_a_report_is_refused_before_any_work(tiny_bundle: Path, tmp_path: Path, text: Text) -> None:
-    for path, recipes, eval_text, message in (
-        ("r.pdf", (), None, "ends in .html"),
-        ("none/r.html", (), None, "no such folder"),
-        ("r.html", ("int4",), None, "pass --eval-text"),
-        ("r.html", ("int5",), text, 'recipe is "int5"'),
-        ("r.html", ("int4-gptq",), text, "int4-gptq: .*pass --text"),
-    ):
-        with pytest.raises(InputError, match=message):
-            ReportRequest(tmp_path / path, tiny_bundle, "int8", eval_text=eval_text, recipes=recipes)
 
 
 def test_sensitivity_mixes_to_a_size(tiny_bundle: Path, tmp_path: Path, text: Text) -> None:

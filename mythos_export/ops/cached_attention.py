@@ -295,7 +295,10 @@ def with_int8_cache(operator: Operator, torch_op: Any, body: str) -> Operator:
 
 
 def float_cache_bodies(operator: Operator) -> dict[str, Body]:
-    """The body for engines of an operator's int8-cache form: as over float rows, which is what caches of engines hold."""
-    engine = operator.other_bodies[overloads.ENGINE]
-    inputs, outputs = (tuple(name for name, _, _ in ports) for ports in (operator.inputs, operator.outputs))
-    return {overloads.ENGINE: Body(engine.text, inputs, outputs)}
+    """The body for engines of an operator's int8-cache form: as over float rows, which is what caches of engines hold. new_scale is
+    there for loops to hand on, and 0."""
+    text = f"""{operator.other_bodies[overloads.ENGINE].text}
+  scale_shape = Shape <start = 0, end = 2> (new_kv)
+  new_scale = ConstantOfShape(scale_shape)
+"""
+    return {overloads.ENGINE: Body(text, tuple(name for name, _, _ in operator.inputs))}

@@ -14,6 +14,12 @@
 
 namespace mythos::onnxruntime {
 
+using Type = ONNXTensorElementDataType;
+constexpr Type kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+               kBFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64,
+               kInt8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, kInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
+               kFloat8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN, kPackedInt4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+
 inline void Require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(std::string("ai.mythos: ") + what);
 }
@@ -53,7 +59,7 @@ class Input {
   }
   size_t size() const { return rank_ == 0 ? 1 : rows() * back(0); }
   const int64_t* shape() const { return shape_; }
-  ONNXTensorElementDataType type() const { return type_; }
+  Type type() const { return type_; }
   const void* data() const { return value_.GetTensorRawData(); }
   const float* floats() const { return value_.GetTensorData<float>(); }
   const int64_t* ints() const { return value_.GetTensorData<int64_t>(); }
@@ -61,7 +67,7 @@ class Input {
  private:
   static constexpr size_t kMaxRank = 6;
   Ort::ConstValue value_;
-  ONNXTensorElementDataType type_;
+  Type type_;
   size_t rank_;
   int64_t shape_[kMaxRank] = {};
 };
@@ -90,6 +96,11 @@ inline float* OutputLike(OrtKernelContext* context, size_t index, const Input& x
   return Output<float>(context, index, shape, x.rank());
 }
 
+template <typename T>
+T Attribute(const OrtKernelInfo* info, const char* name) {
+  return Ort::ConstKernelInfo(info).GetAttribute<T>(name);
+}
+
 // How an operator's matrices are stored: as attributes of the quantized form say, or as floats where it has none.
 struct WeightForm {
   bool quantized;
@@ -98,10 +109,9 @@ struct WeightForm {
 
   WeightForm(const OrtKernelInfo* info, bool is_quantized) : quantized(is_quantized) {
     if (!quantized) return;
-    const Ort::ConstKernelInfo attributes(info);
-    block = static_cast<size_t>(attributes.GetAttribute<int64_t>("block_size"));
+    block = static_cast<size_t>(Attribute<int64_t>(info, "block_size"));
     Require(block == 32 || block == 64 || block == 128, "block_size is not 32, 64 or 128");
-    switch (attributes.GetAttribute<int64_t>("activation_type")) {  // of onnx.TensorProto
+    switch (Attribute<int64_t>(info, "activation_type")) {  // of onnx.TensorProto
       case 1: activation_type = ActivationType::kFloat32; break;
       case 3: activation_type = ActivationType::kInt8; break;
       case 17: activation_type = ActivationType::kFloat8; break;
@@ -119,12 +129,12 @@ struct WeightForm {
     if (!quantized) return w;
     const Input scales = in.Next();
     w.scales = scales.data();
-    w.half_scales = scales.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    w.half_scales = scales.type() == kHalf;
     w.block = block, w.activation_type = activation_type;
-    w.type = values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8           ? WeightType::kInt8
-             : values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN ? WeightType::kFloat8
-                                                                           : WeightType::kInt4;
-    if (values.type() == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) w.k *= 2;  // two int4 a byte
+    w.type = values.type() == kInt8     ? WeightType::kInt8
+             : values.type() == kFloat8 ? WeightType::kFloat8
+                                        : WeightType::kInt4;
+    if (values.type() == kPackedInt4) w.k *= 2;  // two int4 a byte
     Require(w.type != WeightType::kInt4 || w.k % 2 == 0, "int4 weights need an even number of input channels");
     Require(scales.back(0) == CeilDiv(w.k, block) && scales.rows() == values.rows(), "scales do not fit their weights");
     return w;

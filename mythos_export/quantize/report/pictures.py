@@ -65,20 +65,23 @@ def matrix_errors(figures: Figures) -> Figure:
     figure = Figure(figsize=(8.5, 1.1 + 0.19 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     kinds = list(dict.fromkeys(_kind(row) for row in rows))
+    legend: list[Any] = []
     for kind, colour in zip(kinds, itertools.cycle(_COLOURS), strict=False):
         at = [index for index, row in enumerate(rows) if _kind(row) == kind]
-        axes.barh(at, [100 * rows[i]["error"] for i in at], color=colour, height=0.72, label=kind)
+        legend.append(axes.barh(at, [100 * rows[i]["error"] for i in at], color=colour, height=0.72, label=kind))
     others = list(dict.fromkeys(name for row in rows for name in row["other_errors"]))
     for number, name in enumerate(others):
         at = [index for index, row in enumerate(rows) if name in row["other_errors"]]
-        axes.scatter([100 * rows[i]["other_errors"][name] for i in at], at, s=16, marker=_MARKERS[number % len(_MARKERS)],
-                     facecolor="white", edgecolor="#1c2126", linewidth=0.8, zorder=3, label=f"with {name}")  # fmt: skip
+        errors = [100 * rows[i]["other_errors"][name] for i in at]
+        marker = _MARKERS[number % len(_MARKERS)]
+        legend.append(axes.scatter(errors, at, s=16, marker=marker, facecolor="white", edgecolor="#1c2126", linewidth=0.8,
+                                   zorder=3, label=f"with {name}"))  # fmt: skip
     _label_rows(axes, [row["name"] + (" *" if row["uncalibrated_experts"] else "") for row in rows])
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"relative error of {_error_of(rows)} in %")
     axes.set_title(f"Relative error of every quantized matrix ({figures['recipe']})", loc="left")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 3), fontsize=8)
     return figure
 
 
@@ -140,7 +143,8 @@ def _coverage_of(pair: Any, mixture: Figures) -> None:
     tokens = mixture["tokens"]
     n_experts, n_loops = len(tokens), len(tokens[0])
     routed = n_experts - mixture["n_shared"]
-    seen = [value for row in tokens for value in row if value > 0] or [1]
+    # Shared experts see every token: beyond the scale, so that it tells the routed ones apart.
+    seen = [value for row in tokens[:routed] for value in row if value > 0] or [1]
     by_loop.set_facecolor("black")
     image = by_loop.imshow([[value or math.nan for value in row] for row in tokens], aspect="auto", cmap="viridis",
                            norm=LogNorm(min(seen), max(*seen, min(seen) + 1)),
@@ -149,8 +153,9 @@ def _coverage_of(pair: Any, mixture: Figures) -> None:
     by_loop.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_loop.set_xlabel("loop")
     by_loop.set_title(f"Tokens seen by each expert of {mixture['name']}", loc="left")
-    bar = by_loop.figure.colorbar(image, ax=by_loop, label="tokens (log scale; black: none)", pad=0.02)
-    _plain_log(bar.ax.yaxis, subs=(1,))
+    beyond = "max" if routed < n_experts else "neither"
+    bar = by_loop.figure.colorbar(image, ax=by_loop, label="tokens (log scale; black: none)", pad=0.02, extend=beyond)
+    _plain_log(bar.ax.yaxis)
     fallen = set(mixture["uncalibrated"])
     colours = [
         _WARNING if expert in fallen else _OTHER if expert >= routed else _COLOURS[0] for expert in range(n_experts)
@@ -160,9 +165,10 @@ def _coverage_of(pair: Any, mixture: Figures) -> None:
     total.set_xscale("log")
     total.set_xlim(left=0.5 * min(mixture["least"], *(max(sum(row), 1) for row in tokens)))
     _plain_log(total.xaxis, subs=(1,))
-    total.set_xlabel(f"tokens in all loops (log scale)\ndashed: {mixture['least']:.0f}, the least for calibration")
+    total.set_xlabel(f"tokens in all loops (log scale)\ndashed: {mixture['least']:,.0f}, the least for calibration")
     total.set_title(_verdict(fallen), loc="left", color=_WARNING if fallen else "#1c2126")
     total.grid(axis="y", visible=False)
+    total.tick_params(axis="y", left=False)
     names = [f"shared {expert - routed}" if expert >= routed else f"expert {expert}" for expert in range(n_experts)]
     _label_rows(by_loop, names, fallen)
 
@@ -221,7 +227,7 @@ def _label_points(figure: Figure, axes: Axes, recipes: list[Figures], points: li
 def _plain_log(axis: Axis, subs: tuple[int, ...] = (1, 2, 5)) -> None:
     """Ticks of a log axis as plain numbers."""
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9f}".rstrip("0").rstrip(".")))
     axis.set_minor_formatter(NullFormatter())
 
 

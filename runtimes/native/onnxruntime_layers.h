@@ -1,0 +1,140 @@
+// The operators of a layer's products and of the loop as onnxruntime calls them: shapes checked, plain memory to the algorithms.
+#pragma once
+#include "onnxruntime_tensors.h"
+
+namespace mythos::onnxruntime {
+
+struct NormalizedLinearKernel {
+  WeightForm form;
+  float epsilon;
+  NormalizedLinearKernel(const OrtKernelInfo* info, bool quantized)
+      : form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const Input x = in.Next(), norm = in.Next();
+    NormalizedLinearArgs a{x.rows(), epsilon, x.floats(), norm.floats(), form.Read(in), nullptr};
+    form.ReadActivationScales(in, {&a.weight});
+    Require(x.back(0) == a.weight.k && norm.size() == a.weight.k, "x and norm do not fit weight");
+    a.y = OutputLike(context, 0, x, a.weight.n);
+    if (a.tokens > 0) NormalizedLinear(a, CurrentKernels(), HostThreads(context));
+  }
+};
+
+struct ResidualLinearKernel {
+  WeightForm form;
+  ResidualLinearKernel(const OrtKernelInfo* info, bool quantized) : form(info, quantized) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const Input residual = in.Next(), x = in.Next();
+    ResidualLinearArgs a{x.rows(), residual.floats(), x.floats(), form.Read(in), nullptr};
+    form.ReadActivationScales(in, {&a.weight});
+    Require(x.back(0) == a.weight.k && residual.back(0) == a.weight.n && residual.rows() == a.tokens,
+            "x and residual do not fit weight");
+    a.y = OutputLike(context, 0, residual, a.weight.n);
+    if (a.tokens > 0) ResidualLinear(a, CurrentKernels(), HostThreads(context));
+  }
+};
+
+struct FeedForwardKernel {
+  WeightForm form;
+  float epsilon;
+  FeedForwardKernel(const OrtKernelInfo* info, bool quantized)
+      : form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const Input x = in.Next(), norm = in.Next();
+    FeedForwardArgs a{x.rows(), epsilon, x.floats(), norm.floats(), form.Read(in), form.Read(in), nullptr};
+    form.ReadActivationScales(in, {&a.gate_up, &a.down});
+    Require(x.back(0) == a.gate_up.k && norm.size() == a.gate_up.k && a.down.n == a.gate_up.k && a.gate_up.n == 2 * a.down.k,
+            "x, norm, gate_up and down do not fit each other");
+    a.y = OutputLike(context, 0, x, a.down.n);
+    if (a.tokens > 0) FeedForward(a, CurrentKernels(), HostThreads(context));
+  }
+};
+
+struct MixtureOfExpertsKernel {
+  WeightForm form;
+  int64_t top_k;
+  float epsilon;
+  MixtureOfExpertsKernel(const OrtKernelInfo* info, bool quantized)
+      : form(info, quantized), top_k(Attribute<int64_t>(info, "top_k")), epsilon(Attribute<float>(info, "epsilon")) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const Input x = in.Next(), norm = in.Next(), router = in.Next(), router_bias = in.Next();
+    size_t experts = 0, experts_down = 0;
+    MixtureOfExpertsArgs a{};
+    a.gate_up = form.Read(in, &experts);
+    a.down = form.Read(in, &experts_down);
+    form.ReadActivationScales(in, {&a.gate_up, &a.down});
+    a.tokens = x.rows(), a.n_routed = router.dim(0), a.top_k = static_cast<size_t>(top_k), a.epsilon = epsilon;
+    const size_t dim = a.gate_up.k;
+    Require(x.back(0) == dim && norm.size() == dim && router.dim(1) == dim && router_bias.size() == a.n_routed,
+            "x, norm and router do not fit gate_up");
+    Require(a.down.n == dim && a.gate_up.n == 2 * a.down.k && experts == experts_down && a.n_routed <= experts,
+            "router, gate_up and down do not fit each other");
+    Require(top_k >= 1 && a.top_k <= a.n_routed, "top_k is not between 1 and the number of routed experts");
+    a.n_shared = experts - a.n_routed;
+    a.x = x.floats(), a.norm = norm.floats(), a.router_bias = router_bias.floats();
+    a.router.values = router.data(), a.router.n = a.n_routed, a.router.k = dim;
+    a.y = OutputLike(context, 0, x, dim);
+    if (a.tokens > 0) MixtureOfExperts(a, CurrentKernels(), HostThreads(context));
+  }
+};
+
+// Row `loop` of a table [L, n].
+inline const float* TableRow(const Input& table, int64_t loop, size_t n) {
+  Require(loop >= 0 && loop < table.shape()[0] && table.back(0) == n, "loop is outside a table over loops");
+  return table.floats() + static_cast<size_t>(loop) * n;
+}
+
+struct RecurrentInputKernel {
+  float epsilon;
+  RecurrentInputKernel(const OrtKernelInfo* info, bool) : epsilon(Attribute<float>(info, "epsilon")) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const Input h = in.Next(), e = in.Next(), loop_signal = in.Next(), norm = in.Next(), loop = in.Next();
+    const size_t dim = h.back(0);
+    Require(e.size() == h.size() && norm.size() == dim, "h, e and norm do not fit each other");
+    RecurrentInputArgs a{h.rows(), dim, epsilon, h.floats(), e.floats(), TableRow(loop_signal, loop.ints()[0], dim),
+                         norm.floats(), OutputLike(context, 0, h, dim)};
+    if (a.tokens > 0) RecurrentInput(a, CurrentKernels(), HostThreads(context));
+  }
+};
+
+struct RecurrentUpdateKernel {
+  float act_threshold;
+  RecurrentUpdateKernel(const OrtKernelInfo* info, bool) : act_threshold(Attribute<float>(info, "act_threshold")) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const Input x = in.Next(), h = in.Next(), e = in.Next(), result = in.Next(), halted_mass = in.Next(), exit_loop = in.Next();
+    const Input loop = in.Next(), n_loops = in.Next(), lora_down = in.Next(), lora_scale = in.Next(), lora_up = in.Next();
+    const Input decay = in.Next(), injection = in.Next(), halt = in.Next(), halt_bias = in.Next();
+    RecurrentUpdateArgs a{};
+    a.batch = x.dim(0), a.seq = x.dim(1), a.dim = x.dim(2), a.lora_rank = lora_down.dim(0), a.loop = loop.ints()[0];
+    const size_t tokens = a.batch * a.seq;
+    Require(h.size() == x.size() && e.size() == x.size() && result.size() == x.size(), "x, h, e and result differ in size");
+    Require(halted_mass.size() == tokens && exit_loop.size() == tokens, "halted_mass and exit_loop need one number a token");
+    Require(n_loops.size() == a.batch || n_loops.size() == 1, "n_loops needs one number a sequence, or one for all");
+    Require(lora_down.dim(1) == a.dim && lora_up.dim(0) == a.lora_rank && lora_up.dim(1) == a.dim, "the LoRA does not fit x");
+    Require(decay.size() == a.dim && injection.size() == a.dim && halt.size() == a.dim && halt_bias.size() == 1,
+            "decay, injection and halt do not fit x");
+    a.act_threshold = act_threshold, a.n_loops_per_row = n_loops.size() == a.batch && a.batch > 1;
+    a.x = x.floats(), a.h = h.floats(), a.e = e.floats(), a.result = result.floats(), a.halted_mass = halted_mass.floats();
+    a.exit_loop = exit_loop.ints(), a.n_loops = n_loops.ints(), a.lora_down = lora_down.floats();
+    a.lora_scale = TableRow(lora_scale, a.loop, a.lora_rank), a.lora_up = lora_up.floats();
+    a.decay = decay.floats(), a.injection = injection.floats(), a.halt = halt.floats(), a.halt_bias = halt_bias.floats()[0];
+    a.next_h = OutputLike(context, 0, x, a.dim), a.next_result = OutputLike(context, 1, x, a.dim);
+    a.next_halted_mass = OutputLike(context, 2, x, 1);
+    const int64_t shape[] = {x.shape()[0], x.shape()[1], 1};
+    a.next_exit_loop = Output<int64_t>(context, 3, shape, 3);
+    if (tokens > 0) RecurrentUpdate(a, CurrentKernels(), HostThreads(context));
+  }
+};
+
+}  // namespace mythos::onnxruntime
