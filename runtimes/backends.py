@@ -10,7 +10,6 @@ from runtimes.backend import Backend, say_once
 from runtimes.bundle import Manifest
 from runtimes.engines import FOLDER, Engine, fits, list_engines
 from runtimes.errors import BackendError, BundleError, InputError, MythosError
-from runtimes.onnxruntime_backend import OnnxRuntimeBackend
 from runtimes.tensorrt_backend import DeviceRequest, TensorRTBackend
 
 BACKENDS = ("auto", "onnxruntime", *tensorrt_api.BACKENDS)
@@ -35,7 +34,7 @@ def open_backend(
             raise InputError(
                 f"engine {request.engine} is TensorRT's, backend onnxruntime uses none; leave one of them out"
             )
-        return OnnxRuntimeBackend(folder, manifest, threads, native)
+        return _on_cpu(folder, manifest, threads, native)
     kinds = tensorrt_api.BACKENDS if name == "auto" else (name,)
     if name != "auto" or request.engine is not None:
         return _open_engine(kinds, folder, manifest, request)
@@ -44,6 +43,12 @@ def open_backend(
             return _open_engine(kinds, folder, manifest, request)
     except MythosError as error:
         say_once(f"no engine of the bundle is used, onnxruntime runs instead: {error}")
+    return _on_cpu(folder, manifest, threads, native)
+
+
+def _on_cpu(folder: Path, manifest: Manifest, threads: int | None, native: bool | None) -> Backend:
+    from runtimes.onnxruntime_backend import OnnxRuntimeBackend  # a device that runs engines alone needs no onnxruntime
+
     return OnnxRuntimeBackend(folder, manifest, threads, native)
 
 

@@ -104,7 +104,8 @@ class _Owned:
 
 
 class DeviceBuffer(_Owned):
-    """Device memory of size bytes at address, 256-byte aligned. what: for the error message. Raises OutOfDeviceMemory."""
+    """Device memory of size bytes at address, 256-byte aligned. what: for the error message. Freeing it waits for all work on the
+    device. Raises OutOfDeviceMemory."""
 
     def __init__(self, size: int, what: str) -> None:
         runtime = _runtime()

@@ -82,12 +82,10 @@ class DeviceSequences:
         target, row, stream = self.address, self._layout.row_bytes, self._executor.stream
         batch, capacity, slots = len(counts), self._capacity, self._slots
         length, count = self._length.tolist(), counts.tolist()
-        if (
-            len(set(length)) == len(set(count)) == 1
-        ):  # one copy for all: the rows of slot and sequence are at one distance
-            stream.copy_rows(
-                target + length[0] * row, capacity * row, new_rows, seq * row, count[0] * row, slots * batch
-            )
+        if len(set(length)) == len(set(count)) == 1:
+            # One copy for all: from sequence to sequence and from slot to slot it is equally far.
+            to, width = target + length[0] * row, count[0] * row
+            stream.copy_rows(to, capacity * row, new_rows, seq * row, width, slots * batch)
             return
         for b in range(batch):
             to, source = target + (b * capacity + length[b]) * row, new_rows + b * seq * row

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-import onnx
 from fake_tensorrt import make_plan
-from onnx import TensorProto, external_data_helper, helper
 
 from runtimes.bundle import Graph, open_bundle
 from runtimes.dtypes import STORAGE
 from runtimes.engines import Engine, EngineWriter, Plan, Profile, Range, Weight, engine_key
 from runtimes.folder_writer import FileEntry
 
+if TYPE_CHECKING:
+    import onnx
+
 BATCH, SEQ = 4, 32  # most sequences, most tokens of a prefill step
-NAMES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 INTEGERS = ("input_ids", "past_len", "logit_positions", "n_loops", "exit_loop", "next_token")
 
 
@@ -87,13 +88,16 @@ def _write(writer: EngineWriter, name: str, data: bytes) -> FileEntry:
 
 def lowered(bundle: Path, graph: Graph, integers: str) -> tuple[onnx.ModelProto, tuple[Weight, ...]]:
     """The graph as an engine has it: weights are inputs, next_token and next_logprob outputs, integers of the given dtype."""
+    import onnx  # which a machine that runs real engines need not have
+
+    names = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
     model = onnx.load(bundle / graph.file, load_external_data=False)
     weights = []
     for tensor in list(model.graph.initializer):
         if not external_data_helper.uses_external_data(tensor):
             continue
         where = {entry.key: entry.value for entry in tensor.external_data}
-        dtype = NAMES[tensor.data_type]
+        dtype = names[tensor.data_type]
         size = int(np.prod(tensor.dims)) * np.dtype(STORAGE[dtype]).itemsize
         weights.append(
             Weight(tensor.name, where["location"], int(where.get("offset", 0)), size, dtype, dtype, tuple(tensor.dims))
@@ -119,6 +123,7 @@ def lowered(bundle: Path, graph: Graph, integers: str) -> tuple[onnx.ModelProto,
 
 def _narrow_integers(graph: onnx.GraphProto) -> None:
     """Casts around the graph: int32 outside, int64 inside."""
+
     for value in [*graph.input, *graph.output]:
         if value.name not in INTEGERS:
             continue
