@@ -89,6 +89,7 @@ def _write(writer: EngineWriter, name: str, data: bytes) -> FileEntry:
 def lowered(bundle: Path, graph: Graph, integers: str) -> tuple[onnx.ModelProto, tuple[Weight, ...]]:
     """The graph as an engine has it: weights are inputs, next_token and next_logprob outputs, integers of the given dtype."""
     import onnx  # which a machine that runs real engines need not have
+    from onnx import TensorProto, external_data_helper, helper
 
     names = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
     model = onnx.load(bundle / graph.file, load_external_data=False)
@@ -123,6 +124,7 @@ def lowered(bundle: Path, graph: Graph, integers: str) -> tuple[onnx.ModelProto,
 
 def _narrow_integers(graph: onnx.GraphProto) -> None:
     """Casts around the graph: int32 outside, int64 inside."""
+    from onnx import TensorProto, helper
 
     for value in [*graph.input, *graph.output]:
         if value.name not in INTEGERS:
