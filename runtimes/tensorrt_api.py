@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,6 +22,10 @@ _REMEDIES = {
     "tensorrt-rtx": "run: pip install 'mythos-export[tensorrt-rtx]'",
 }
 _PLAN_TAG = b"ftrt"  # how plans of TensorRT begin, as NVIDIA's trtexec (open source) checks them
+_LAYER_REPORT = (
+    "Layers:\n",
+    "Engine Layer Information:\n",
+)  # how the message of a builder on the layers of an engine begins
 _log = logging.getLogger("mythos_export.tensorrt")
 
 
@@ -87,6 +92,7 @@ class TensorRT:
         config.clear_flag(flags.TF32)
         if self.capabilities.strongly_typed:
             return
+        config.set_tactic_sources(0)  # no kernels of cuBLAS or cuDNN, so that neither need be there
         config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
         floats, kinds = (module.DataType.FLOAT, module.DataType.HALF), set()
         for layer in (network.get_layer(index) for index in range(network.num_layers)):
@@ -221,9 +227,19 @@ def _logger(module: Any) -> Any:
         def __init__(self) -> None:
             module.ILogger.__init__(self)  # pybind11 wants the base by name
             self.last_error = ""
+            self._report: list[str] | None = None
+
+        @contextmanager
+        def layers_reported(self) -> Iterator[list[str]]:
+            """Collects the lines, one a layer, in which a builder says what an engine is made of."""
+            self._report = []
+            yield self._report
+            self._report = None
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity, logging.DEBUG)
+            if self._report is not None and message.startswith(_LAYER_REPORT):
+                self._report += message.splitlines()[1:]
             if level == logging.ERROR:
                 self.last_error = message
                 _log.debug("%s", message)  # whoever meets it raises it
