@@ -13,6 +13,7 @@ from mythos_export.bench import cpu_name
 from mythos_export.config import ModelConfig
 from runtimes import native_operators
 from runtimes.bundle import open_bundle
+from runtimes.engines import engine_summaries
 
 
 def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
         "cache_bytes_per_token": footprint.cache_bytes(config, loops, 1, graph.cache_dtype),
         "loops": loops,
         "bytes": sum(entry.size for entry in manifest.files.values()),
+        "engines": engine_summaries(folder),
         **plain,
     }
 

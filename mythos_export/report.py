@@ -247,6 +247,13 @@ def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
             ]
             for graph in graphs
         ),
+        *(
+            [
+                f"engine {item['key']}",
+                item["problem"] or f"{item['dtype']}, batch {item['max_batch']}, context {item['max_context']}",
+            ]
+            for item in plain["engines"]
+        ),
     ]
     parity = plain.get("parity")
     if parity:
@@ -258,6 +265,27 @@ def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
     else:
         rows.append(["verified", "not yet: mythos-export verify BUNDLE SOURCE"])
     return f"{head}\n{markdown_table(['what', 'value'], rows)}"
+
+
+def engines_report(engines: list[dict[str, Any]]) -> str:
+    """A table of a bundle's engines, and what is wrong with any."""
+    if not engines:
+        return "no engines; build one with `mythos-export build BUNDLE`"
+    rows = [
+        [
+            item["key"],
+            item["dtype"],
+            str(item["max_batch"]),
+            str(item["max_context"]),
+            ", ".join(f"{form} {size(n_bytes)}" for form, n_bytes in item["plans"].items()),
+            "damaged" if item["problem"] else "ok",
+        ]
+        for item in engines
+        if "dtype" in item
+    ]
+    table = markdown_table(["engine", "dtype", "batch", "context", "plans", "state"], rows) if rows else ""
+    problems = [f"{item['key']}: {item['problem']}" for item in engines if item["problem"]]
+    return "\n".join([part for part in [table, *problems] if part])
 
 
 def doctor_report(plain: dict[str, Any], brief: bool = False) -> str:

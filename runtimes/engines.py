@@ -19,12 +19,12 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from runtimes import tensorrt_api
-from runtimes.bundle import Manifest
+from runtimes.bundle import Manifest, open_bundle
 from runtimes.errors import BundleError
 from runtimes.folder_writer import FolderWriter
 
@@ -159,6 +159,40 @@ def list_engines(folder: Path) -> list[tuple[Path, Engine | BundleError]]:
         except BundleError as error:
             engines.append((path, error))
     return engines
+
+
+def engine_summaries(bundle: str | Path) -> list[dict[str, Any]]:
+    """What a user wants to know of a bundle's engines: key, library, GPU, dtype, limits, size; or "problem", why one cannot be
+    used. Raises BundleError for a damaged bundle."""
+    folder, manifest = open_bundle(bundle)
+    return [_summary(path, engine, manifest) for path, engine in list_engines(folder)]
+
+
+def _summary(path: Path, engine: Engine | BundleError, manifest: Manifest) -> dict[str, Any]:
+    if isinstance(engine, BundleError):
+        return {"key": path.name, "problem": str(engine)}
+    problem: str | None = None
+    try:
+        check(path, engine, manifest)
+    except BundleError as error:
+        problem = str(error)
+    profiles = [profile for plan in engine.plans for profile in plan.profiles]
+    return {
+        "key": path.name,
+        "problem": problem,
+        "backend": engine.backend,
+        "version": engine.version,
+        "device": engine.device,
+        "compute_capabilities": list(engine.compute_capabilities),
+        "dtype": engine.dtype,
+        "max_batch": max(profile.batch.max for profile in profiles),
+        "max_seq": max(profile.seq.max for profile in profiles),
+        "max_context": min(profile.capacity.max for profile in profiles),
+        "cuda_graph": engine.cuda_graph,
+        "plans": {plan.form: plan.size for plan in engine.plans},
+        "activation_bytes": max(plan.activation_bytes for plan in engine.plans),
+        "build_seconds": engine.build_seconds,
+    }
 
 
 def read_engine(folder: Path) -> Engine:

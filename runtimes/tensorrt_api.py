@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ _REMEDIES = {
 }
 # How plans begin: TensorRT's as NVIDIA's trtexec (open source) checks it, TensorRT-RTX's as version 1.7 writes it.
 _PLAN_TAGS = {"tensorrt": b"ftrt", "tensorrt-rtx": b"vtrt"}
+_LAYER_REPORT = (
+    "Layers:\n",
+    "Engine Layer Information:\n",
+)  # how the message of a builder on the layers of an engine begins
 _log = logging.getLogger("mythos_export.tensorrt")
 
 
@@ -92,6 +97,7 @@ class TensorRT:
         config.clear_flag(flags.TF32)
         if self.capabilities.strongly_typed:
             return
+        config.set_tactic_sources(0)  # no kernels of cuBLAS or cuDNN, so that neither need be there
         config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
         floats, kinds = (module.DataType.FLOAT, module.DataType.HALF), set()
         for layer in (network.get_layer(index) for index in range(network.num_layers)):
@@ -239,9 +245,19 @@ def _logger(module: Any) -> Any:
         def __init__(self) -> None:
             module.ILogger.__init__(self)  # pybind11 wants the base by name
             self.last_error = ""
+            self._report: list[str] | None = None
+
+        @contextmanager
+        def layers_reported(self) -> Iterator[list[str]]:
+            """Collects the lines, one a layer, in which a builder says what an engine is made of."""
+            self._report = []
+            yield self._report
+            self._report = None
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity, logging.DEBUG)
+            if self._report is not None and message.startswith(_LAYER_REPORT):
+                self._report += message.splitlines()[1:]
             if level == logging.ERROR:
                 self.last_error = message
                 _log.debug("%s", message)  # whoever meets it raises it

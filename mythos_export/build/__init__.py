@@ -1,0 +1,1 @@
+"""TensorRT engines from a bundle. Needs onnx, onnxscript and onnx-ir, not torch: engines are built where they run."""

@@ -1,0 +1,386 @@
+"""From a bundle's graph to one that TensorRT parses: engine bodies inlined, matrices as inputs, the next token as an output.
+
+Matrices stay out of the engine. They become inputs of the graph, which a runner binds to one copy in device memory, shared by all
+engines and contexts; TensorRT's products read them as fast as constants. Quantized matrices must be constants of the graph, next to
+their DequantizeLinear.
+
+Dimensions are those of the graph: batch, seq, k, slots, capacity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxscript.optimizer
+from onnx_ir.passes import common as passes
+
+from mythos_export import overloads
+from mythos_export.build.dialect import to_old_parser
+from mythos_export.build.quantized import lower_quantized
+from runtimes.bundle import Graph
+from runtimes.errors import BackendError
+
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+# Names that matrices have among the inputs of the operators; they are what a dtype is chosen for.
+_MATRICES = ("weight", "gate_up", "down", "w_uk", "w_uv")
+_EMBEDDING = "embed"
+NEXT_TOKEN = ("next_token", "next_logprob")  # the outputs that come to the bundle's
+_INPUT_BYTES = 1 << 16  # a matrix of as much becomes an input; smaller ones are constants
+_FOLD_LIMIT = 4096  # numbers; folding serves shapes, scales and constants
+_ROUTED, _SHARED = "routed", "shared"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """model: the graph. weights: the tensors that became inputs, as the bundle stores them."""
+
+    model: ir.Model
+    weights: dict[str, ir.ExternalTensor]
+
+
+def lower(folder: Path, graph: Graph, dtype: str, *, form: str, old_parser: bool = False) -> Lowered:
+    """Lowers a graph of the bundle in folder.
+
+    dtype: of the matrices and the cache, "float32", "float16" or "bfloat16"; norms, router, halting and sums stay float32. form:
+    FEW_TOKENS or MANY_TOKENS of mythos_export.overloads, how experts are run. old_parser: for TensorRT before 10. Raises BackendError for a bundle whose graph holds
+    no bodies for engine builders, and for scales that are found as the graph runs.
+    """
+    model = ir.load(folder / graph.file)
+    _choose_bodies(model, form)
+    _set_dtype(model, DTYPES[dtype])
+    _hold_small(model)
+    _add_next_token(model)
+    passes.InlinePass()(model)
+    lower_quantized(model, DTYPES[dtype])
+    _name_sizes(model)
+    _fold(model)
+    weights = _weights_to_inputs(model)
+    _check_standard(model)
+    if old_parser:
+        to_old_parser(model)
+    _forget_untyped(model)
+    return Lowered(model, weights)
+
+
+def _nodes(model: ir.Model) -> list[ir.Node]:
+    return list(ir.traversal.RecursiveGraphIterator(model.graph))
+
+
+def _choose_bodies(model: ir.Model, form: str) -> None:
+    """Makes every operator call the body for engine builders, with the inputs and outputs that one has."""
+    for node in _nodes(model):
+        if node.domain != overloads.DOMAIN:
+            continue
+        portable = model.functions.get(node.op_identifier())
+        if portable is None:
+            raise BackendError(f"{node.name}: the graph holds no body of {node.op_type}; export the checkpoint again")
+        given = {value.name or "": node.inputs[index] for index, value in enumerate(portable.inputs)}
+        overload = _overload(node, form, given)
+        function = model.functions.get((overloads.DOMAIN, node.op_type, overload))
+        if function is None and overload == overloads.ENGINE:
+            continue  # the portable body serves
+        if function is None:
+            raise BackendError(
+                f"{node.name}: the graph holds no body of {node.op_type} for engine builders; export the checkpoint again"
+            )
+        inputs = [_input(model, given, value.name or "") for value in function.inputs]
+        outputs = list(node.outputs)[: len(function.outputs)]
+        new = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            node.attributes.values(),
+            overload=overload,
+            num_outputs=len(outputs),
+            name=node.name,
+        )
+        for old_output, output in zip(outputs, new.outputs, strict=True):
+            output.name, output.shape = old_output.name, old_output.shape
+            output.type = old_output.type
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], [new], outputs, new.outputs)
+
+
+def _overload(node: ir.Node, form: str, given: dict[str, ir.Value | None]) -> str:
+    if not node.op_type.endswith("MixtureOfExperts"):
+        return overloads.ENGINE
+    return form + (overloads.WITH_SHARED if _n_shared(given) else "")
+
+
+def _n_shared(given: dict[str, ir.Value | None]) -> int:
+    """Experts after the routed ones."""
+    return int(_static(given["gate_up"])[0]) - int(_static(given["router"])[0])
+
+
+def _static(value: ir.Value | None) -> list[int]:
+    if value is None or value.shape is None or not value.shape.is_static():
+        raise BackendError(
+            f"{value.name if value else 'an input'}: its shape is not static; export the checkpoint again"
+        )
+    return [int(dim) for dim in value.shape]  # type: ignore[arg-type]
+
+
+def _input(model: ir.Model, given: dict[str, ir.Value | None], name: str) -> ir.Value | None:
+    """What a body's input is fed with: the operator's input of that name, or the part of a stack that the name ends in."""
+    if name in given:
+        return given[name]
+    for part in (_ROUTED, _SHARED):
+        for suffix in ("", "_scale"):
+            stack = name.removesuffix(f"_{part}{suffix}") + suffix
+            if name.endswith(f"_{part}{suffix}") and stack in given:
+                return _part(model, given[stack], part, int(_static(given["router"])[0]))
+    raise BackendError(
+        f"a body for engine builders wants {name}, which its operator does not have; export the checkpoint again"
+    )
+
+
+def _part(model: ir.Model, stack: ir.Value | None, part: str, n_routed: int) -> ir.Value:
+    """The routed or the shared experts of a stack: an initializer of its own over the same bytes."""
+    if stack is None or not isinstance(stack.const_value, ir.ExternalTensor):
+        raise BackendError("a stack of experts is not stored in the bundle's weights; export the checkpoint again")
+    tensor, shape = stack.const_value, _static(stack)
+    if shape[0] == n_routed:
+        return stack
+    name = f"{stack.name}.{part}"
+    if name not in model.graph.initializers:
+        first, last = (0, n_routed) if part == _ROUTED else (n_routed, shape[0])
+        expert = (tensor.length or tensor.nbytes) // shape[0]
+        of_part = ir.Shape([last - first, *shape[1:]])
+        value = ir.Value(name=name, shape=of_part, type=stack.type)
+        value.const_value = ir.ExternalTensor(
+            tensor.location,
+            (tensor.offset or 0) + first * expert,
+            (last - first) * expert,
+            tensor.dtype,
+            shape=of_part,
+            name=name,
+            base_dir=tensor.base_dir,
+        )
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]
+
+
+def _set_dtype(model: ir.Model, dtype: ir.DataType) -> None:
+    """Gives matrices and cache the dtype; the values between follow, except where the graph itself needs float32."""
+    graph = model.graph
+    for node in _nodes(model):
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.type = None  # inferred again from here on
+    for node in _nodes(model):
+        if node.domain == overloads.DOMAIN:
+            function = model.functions.get(node.op_identifier())
+            names = [value.name or "" for value in function.inputs] if function else []
+            for name, value in zip(names, node.inputs, strict=True):
+                matrix = name.removesuffix("_scale").removesuffix(f"_{_ROUTED}").removesuffix(f"_{_SHARED}")
+                if value is not None and matrix in _MATRICES and value.dtype in DTYPES.values():
+                    value.type = ir.TensorType(dtype)
+    for node in _nodes(model):
+        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name == _EMBEDDING:
+            node.inputs[0].type = ir.TensorType(dtype)
+            _cast_output(node, ir.DataType.FLOAT)
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.name == "past_kv":
+            _retype_carried_rows(model, value.dtype, dtype)
+        if value.name in ("past_kv", "new_kv"):
+            value.type = ir.TensorType(dtype)
+    _drop_ports(graph)
+    for output in graph.outputs:
+        if output.name == "logits":
+            producer = output.producer()
+            if producer is not None:
+                _cast_output(producer, ir.DataType.FLOAT)
+
+
+def _drop_ports(graph: ir.Graph) -> None:
+    """Caches of engines hold floats: nothing stands beside their rows."""
+    for index in [i for i, value in enumerate(graph.inputs) if value.name == "past_scale"]:
+        del graph.inputs[index]
+    for index in [i for i, value in enumerate(graph.outputs) if value.name == "new_scale"]:
+        del graph.outputs[index]
+
+
+def _cast_output(node: ir.Node, dtype: ir.DataType) -> None:
+    """Casts a node's first output for all who use it, keeping its name."""
+    output = node.outputs[0]
+    cast = ir.node("Cast", [output], {"to": dtype.value}, name=f"{node.name}/cast")
+    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), output.shape
+    ir.convenience.replace_all_uses_with(output, cast.outputs[0], replace_graph_outputs=True)
+    cast.replace_input_with(0, output)
+    cast.outputs[0].name, output.name = output.name, f"{output.name}/uncast"
+    if isinstance(node.graph, ir.Graph):
+        node.graph.insert_after(node, cast)
+
+
+def _retype_carried_rows(model: ir.Model, before: ir.DataType | None, dtype: ir.DataType) -> None:
+    """A loop hands on the rows it has made, beginning with zeros of the traced cache's dtype; they get that of the engine's."""
+    for loop in _nodes(model):
+        if loop.op_type != "Loop":
+            continue
+        body = loop.attributes["body"].as_graph()
+        for node in body:
+            rows = node.inputs[0] if node.op_type == "ScatterND" else None
+            if rows is None or rows not in body.inputs or rows.dtype != before:
+                continue
+            index = body.inputs.index(rows)  # as in the Loop's own inputs: trip count, condition, carried
+            zeros = loop.inputs[index]
+            expand = None if zeros is None else zeros.producer()
+            if expand is None or expand.op_type != "Expand":
+                raise BackendError(f"{loop.name}: does not begin with rows of zeros; export the checkpoint again")
+            zero = ir.node("Cast", [expand.inputs[0]], {"to": dtype.value}, name=f"{loop.name}/zero")
+            of_dtype = ir.node("Expand", [zero.outputs[0], expand.inputs[1]], name=f"{loop.name}/rows")
+            for value in (rows, node.outputs[0], zero.outputs[0], of_dtype.outputs[0]):
+                value.type = ir.TensorType(dtype)
+            loop.replace_input_with(index, of_dtype.outputs[0])
+            if isinstance(loop.graph, ir.Graph):
+                loop.graph.insert_before(loop, [zero, of_dtype])
+
+
+# The likeliest token, the lowest id among equals, and its natural log-probability, for each of logits [batch, k, vocab].
+_NEXT_TOKEN = """
+<domain: "ai.mythos", opset_import: ["": 21]>
+NextToken (logits) => (next_token, next_logprob) {
+  last = Constant <value_ints = [-1]> ()
+  axis_0 = Constant <value_ints = [0]> ()
+  largest = ReduceMax <keepdims = 1> (logits, last)
+  vocab_1 = Shape <start = -1> (logits)
+  vocab = Squeeze(vocab_1, axis_0)
+  from_0 = Constant <value_int = 0> ()
+  by_1 = Constant <value_int = 1> ()
+  ids = Range(from_0, vocab, by_1)
+  is_largest = Equal(logits, largest)
+  id_or_none = Where(is_largest, ids, vocab)
+  next_token = ReduceMin <keepdims = 0> (id_or_none, last)
+  shifted = Sub(logits, largest)
+  exponentials = Exp(shifted)
+  total = ReduceSum <keepdims = 0> (exponentials, last)
+  log_total = Log(total)
+  next_logprob = Neg(log_total)
+}
+"""
+
+
+def _add_next_token(model: ir.Model) -> None:
+    """Two outputs more, so that a token's logits need not leave the device."""
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(_NEXT_TOKEN))
+    model.functions[function.identifier()] = function
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    node = ir.node("NextToken", [logits], domain=overloads.DOMAIN, num_outputs=2, name="decoder/NextToken")
+    shape = None if logits.shape is None else logits.shape[:2]
+    for output, name, dtype in zip(node.outputs, NEXT_TOKEN, (ir.DataType.INT64, ir.DataType.FLOAT), strict=True):
+        output.name, output.type, output.shape = name, ir.TensorType(dtype), None if shape is None else ir.Shape(shape)
+        model.graph.outputs.append(output)
+    model.graph.append(node)
+
+
+def _name_sizes(model: ir.Model) -> None:
+    """Takes the sizes of values from the graph's inputs where they are the same, so that layers share what follows from them."""
+    graph, first = model.graph, model.graph[0]
+    sizes: dict[str, ir.Value] = {}
+    for value in graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            name = dim.value if isinstance(dim, ir.SymbolicDim) else None
+            if name and name not in sizes:
+                attributes = {"start": axis, "end": axis + 1}
+                node = ir.node("Shape", [value], attributes, name=f"decoder/{name}")
+                node.outputs[0].name, node.outputs[0].shape = f"decoder/{name}", ir.Shape([1])
+                node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+                graph.insert_before(first, node)
+                sizes[name] = node.outputs[0]
+    known = {value.producer() for value in sizes.values()}
+    for node in _nodes(model):
+        if node.op_type != "Shape" or node in known or node.inputs[0] is None or node.inputs[0].shape is None:
+            continue
+        rank = len(node.inputs[0].shape)
+        start, end = (_clamped(node, name, default, rank) for name, default in (("start", 0), ("end", rank)))
+        dims = list(node.inputs[0].shape)[start:end]
+        parts = [_size(model, dim, sizes) for dim in dims]
+        if not parts or any(part is None for part in parts):
+            continue
+        whole = ir.node("Concat", parts, {"axis": 0}, name=node.name)
+        whole.outputs[0].name, whole.outputs[0].shape = node.outputs[0].name, ir.Shape([len(parts)])
+        whole.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], [whole], node.outputs, whole.outputs)
+
+
+def _clamped(node: ir.Node, name: str, default: int, rank: int) -> int:
+    attribute = node.attributes.get(name)
+    value = default if attribute is None else attribute.as_int()
+    return max(0, min(rank, value + rank if value < 0 else value))
+
+
+def _size(model: ir.Model, dim: int | ir.SymbolicDim, sizes: dict[str, ir.Value]) -> ir.Value | None:
+    """The value [1] that holds a dimension, None where it is not one of the inputs' or a number."""
+    if isinstance(dim, ir.SymbolicDim):
+        return sizes.get(dim.value or "")
+    name = f"decoder/{dim}"
+    if name not in model.graph.initializers:
+        value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+        value.const_value = ir.tensor([dim], dtype=ir.DataType.INT64, name=name)
+        model.graph.initializers[name] = value
+    return model.graph.initializers[name]
+
+
+def _fold(model: ir.Model) -> None:
+    """Folds what depends on constants and static shapes alone; afterwards no branch is left whose condition is known."""
+    onnxscript.optimizer.optimize_ir(
+        model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT, onnx_shape_inference=True
+    )
+    passes.IdentityEliminationPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def _hold_small(model: ir.Model) -> None:
+    """Small float initializers become constants of the graph's own, in its dtype."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype not in DTYPES.values():
+            continue
+        if tensor.nbytes < _INPUT_BYTES:
+            dtype = value.dtype or tensor.dtype
+            value.const_value = ir.tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
+
+
+def _weights_to_inputs(model: ir.Model) -> dict[str, ir.ExternalTensor]:
+    """Turns the large float initializers into inputs; returns where the bundle stores them."""
+    graph = model.graph
+    weights: dict[str, ir.ExternalTensor] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype not in DTYPES.values():
+            continue
+        weights[name] = tensor
+        del graph.initializers[name]
+        value.const_value = None
+        graph.inputs.append(value)
+    return weights
+
+
+def _check_standard(model: ir.Model) -> None:
+    left = sorted({node.op_type for node in _nodes(model) if node.domain not in ("", "ai.onnx")})
+    if left:
+        raise BackendError(
+            f"operators without a body for engine builders are left: {', '.join(left)}; export the checkpoint again"
+        )
+    branches = [node.name or "" for node in _nodes(model) if node.op_type == "If"]
+    if branches:
+        raise BackendError(
+            f"{branches[0]}: which way to compute is not known when an engine is built; static scales that change from loop to loop "
+            "need a bundle exported with a fixed loop count (--loops N)"
+        )
+
+
+def _forget_untyped(model: ir.Model) -> None:
+    """A shape without a type cannot be written; readers infer both."""
+    for node in _nodes(model):
+        for output in node.outputs:
+            if output.type is None:
+                output.shape = None

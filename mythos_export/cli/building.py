@@ -1,0 +1,85 @@
+"""The command that makes TensorRT engines from a bundle: build."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from mythos_export.cli.app import Bundle, Json, Quiet, app, emit
+from mythos_export.cli.bundles import Dtype
+
+
+class EngineBackend(str, Enum):
+    """Libraries that engines are built with."""
+
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+@app.command()
+def build(
+    bundle: Bundle,
+    backend: Annotated[EngineBackend, typer.Option(help="The library to build with.")] = EngineBackend.tensorrt,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of matrices and cache; default the bundle's, of quantized ones float16 (float32 before TensorRT 10)."
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Most sequences at once.")] = 1,
+    max_seq: Annotated[int, typer.Option(help="Most new tokens of each in a prefill step.")] = 512,
+    max_context: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a sequence; default 4096, at most what the model has positions for."),
+    ] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(metavar="MIB", help="Most device memory for scratch while building; default all there is."),
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="How hard TensorRT searches; default its own, 3.")
+    ] = None,
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8.6,8.9,…", help="Build for these instead of the GPU at hand; TensorRT-RTX only, needs no GPU."
+        ),
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="List the bundle's engines and build nothing.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an engine for the same GPU, version and dtype.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build a TensorRT engine of a bundle, on the GPU it is to run on."""
+    from mythos_export.report import engines_report, progress_bar, size
+    from runtimes.engines import engine_summaries
+
+    if list_only:
+        listed = engine_summaries(bundle)
+        emit(as_json, {"bundle": str(bundle), "engines": listed}, "" if quiet else engines_report(listed))
+        return
+    from mythos_export.build.builder import Options
+    from mythos_export.build.engine import Limits, build_engine
+
+    options = Options(
+        None if workspace is None else workspace << 20,
+        optimization_level,
+        tuple(compute_capability.split(",")) if compute_capability else (),
+    )
+    with progress_bar(quiet or as_json) as tell:
+        path, engine = build_engine(
+            bundle,
+            backend=backend.value,
+            dtype=None if dtype is None else dtype.value,
+            limits=Limits(max_batch, max_seq, max_context),
+            options=options,
+            force=force,
+            progress=tell,
+        )
+    total = sum(plan.size for plan in engine.plans)
+    plain: dict[str, Any] = next(item for item in engine_summaries(bundle) if item["key"] == path.name)
+    emit(as_json, plain, "" if quiet else f"{path}: {size(total)} in {engine.build_seconds:.0f} s")
