@@ -22,12 +22,8 @@ def to_old_parser(model: ir.Model) -> None:
             node.resize_inputs(1)
         elif node.op_type == "Split":
             node.attributes.pop("num_outputs", None)
-        elif node.op_type == "QuantizeLinear":
-            # the type of the result is that of the zero point
-            node.attributes.pop("output_dtype", None)
-            zero = _constant(node, 0, "zero_point", ir.DataType.INT8)
-            node.resize_inputs(3)
-            node.replace_input_with(2, zero)
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            _add_zero_point(node)
         elif node.op_type == "Shape" and len(node.attributes):
             _slice_shape(node)
         elif node.op_type == "Clip" and node.outputs[0].dtype in (None, ir.DataType.INT64):
@@ -46,6 +42,16 @@ def _constant(node: ir.Node, numbers: list[int] | int, name: str, dtype: ir.Data
     constant.outputs[0].const_value = tensor
     node.graph.insert_before(node, constant)
     return constant.outputs[0]
+
+
+def _add_zero_point(node: ir.Node) -> None:
+    """A zero point of 0, which that parser insists on, as many as there are scales; it also says that the type is int8."""
+    node.attributes.pop("output_dtype", None)
+    scale = node.inputs[1]
+    tensor = None if scale is None else ir.convenience.get_const_tensor(scale)
+    zeros: list[int] | int = 0 if tensor is None or not len(tensor.shape) else [0] * int(tensor.shape[0])
+    node.resize_inputs(3)
+    node.replace_input_with(2, _constant(node, zeros, "zero_point", ir.DataType.INT8))
 
 
 def _slice_shape(node: ir.Node) -> None:
