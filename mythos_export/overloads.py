@@ -9,7 +9,8 @@ DEQUANTIZED = "dequantized"  # the same, every quantized matrix dequantized befo
 # What engine builders inline: shapes depend on shapes alone, so that attention runs over the whole capacity of a cache;
 # matrices are read as they are stored; quantization is QuantizeLinear and DequantizeLinear next to the product.
 ENGINE = "engine"
-# Those of a mixture of experts, whose stacks come in two parts (NAME_routed, and NAME_shared where there are shared experts):
-FEW_TOKENS = "few_tokens"  # reads the experts chosen by each token
-MANY_TOKENS = "many_tokens"  # reads every expert once, for all tokens
-WITH_SHARED = "_with_shared"  # suffix of both where there are shared experts
+# In place of that, where it pays to know how many tokens there are. A mixture of experts reads the experts chosen by each token, or
+# every expert once for all; its stacks come in two parts, NAME_routed, and NAME_shared where there are shared experts.
+FEW_TOKENS = "few_tokens"
+MANY_TOKENS = "many_tokens"
+WITH_SHARED = "_with_shared"  # suffix of both in a mixture with shared experts

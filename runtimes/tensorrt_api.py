@@ -23,6 +23,7 @@ _REMEDIES = {
 }
 # How plans begin: TensorRT's as NVIDIA's trtexec (open source) checks it, TensorRT-RTX's as version 1.7 writes it.
 _PLAN_TAGS = {"tensorrt": b"ftrt", "tensorrt-rtx": b"vtrt"}
+_ARITHMETIC = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION", "MATRIX_MULTIPLY")
 _LAYER_REPORT = (
     "Layers:\n",
     "Engine Layer Information:\n",
@@ -91,8 +92,8 @@ class TensorRT:
         return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
     def set_precision(self, config: Any, network: Any) -> None:
-        """Lets TensorRT compute in the types of the parsed network and in no others: no TF32; before strong typing, each layer is
-        held to the type of its outputs."""
+        """Lets TensorRT compute in the types of the parsed network and in no others: no TF32; before strong typing, all arithmetic is
+        held to the type of its results."""
         module, flags = self.module, self.module.BuilderFlag
         config.clear_flag(flags.TF32)
         if self.capabilities.strongly_typed:
@@ -100,19 +101,30 @@ class TensorRT:
         config.set_tactic_sources(0)  # no kernels of cuBLAS or cuDNN, so that neither need be there
         config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
         floats, kinds = (module.DataType.FLOAT, module.DataType.HALF), set()
+        # What only moves numbers is left alone: constraints there contradict each other.
+        arithmetic = [getattr(module.LayerType, name) for name in _ARITHMETIC]
         for layer in (network.get_layer(index) for index in range(network.num_layers)):
             outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
             kinds |= {output.dtype for output in outputs if output is not None}
-            if layer.type in (module.LayerType.CONSTANT, module.LayerType.CAST) or layer.type in _quantizing(module):
-                continue
-            if outputs and all(output is not None and output.dtype in floats for output in outputs):
+            if layer.type in arithmetic and all(output is not None and output.dtype in floats for output in outputs):
                 layer.precision = outputs[0].dtype
                 for index, output in enumerate(outputs):
                     layer.set_output_type(index, output.dtype)
         if module.DataType.HALF in kinds:
             config.set_flag(flags.FP16)
-        if module.DataType.INT8 in kinds:
+        if module.LayerType.QUANTIZE in {network.get_layer(index).type for index in range(network.num_layers)}:
             config.set_flag(flags.INT8)
+
+    @property
+    def n_attempts(self) -> int:
+        """How many ways there are to build a plan; see begin_attempt."""
+        return 1 if self.capabilities.strongly_typed else 2
+
+    def begin_attempt(self, config: Any, attempt: int) -> None:
+        """TensorRT 8.6 finds no kernels for some graphs while it plans for all shapes at once (its preview feature FASTER_DYNAMIC_SHAPES,
+        on by default): the second attempt, at the same network, plans for each shape as it comes."""
+        if attempt:
+            config.set_preview_feature(self.module.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805, False)
 
     def set_compute_capabilities(self, config: Any, wanted: tuple[str, ...]) -> None:
         """Builds for GPUs that need not be here, like "8.9". Raises BackendError for one that this library does not build for."""
@@ -146,10 +158,6 @@ class TensorRT:
         """Reports phases of a build (their name, steps done, steps in all), where the library tells them."""
         if self.capabilities.progress_monitor:
             config.progress_monitor = _monitor(self.module, progress)
-
-
-def _quantizing(module: Any) -> tuple[Any, ...]:
-    return (module.LayerType.QUANTIZE, module.LayerType.DEQUANTIZE)
 
 
 def _monitor(module: Any, progress: Callable[[str, int, int], None]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from runtimes.engines import Profile
 from runtimes.errors import BackendError
 from runtimes.tensorrt_api import TensorRT
 
+_log = logging.getLogger("mythos_export.tensorrt")
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 # Dimensions of each input, by the ranges of a profile; None is taken from the graph.
 _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
@@ -54,7 +56,10 @@ def build_plan(
     timing_cache: bytes = b"",
     progress: Progress | None = None,
 ) -> BuiltPlan:
-    """Builds one plan from a serialized ONNX model, whose external data lies in folder. Raises BackendError, with TensorRT's words, where it refuses the graph or finds no way to compute it."""
+    """Builds one plan from a serialized ONNX model, whose external data lies in folder.
+
+    Raises BackendError, with TensorRT's words, where it refuses the graph or finds no way to compute it.
+    """
     network, builder = _network(tensorrt, model, folder)
     config = builder.create_builder_config()
     module = tensorrt.module
@@ -71,8 +76,15 @@ def build_plan(
     cache = tensorrt.set_timing_cache(config, timing_cache)
     if progress is not None:
         tensorrt.set_progress(config, progress)
-    with tensorrt.logger.layers_reported() as report:
-        plan = builder.build_serialized_network(network, config)
+    plan, report = None, []
+    for attempt in range(tensorrt.n_attempts):
+        tensorrt.begin_attempt(config, attempt)
+        with tensorrt.logger.layers_reported() as report:
+            plan = builder.build_serialized_network(network, config)
+        if plan is not None:
+            break
+        if attempt + 1 < tensorrt.n_attempts:
+            _log.info("%s %s: %s; trying another way", tensorrt.backend, tensorrt.version, _reason(tensorrt))
     if plan is None:
         raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {_reason(tensorrt)}")
     data = bytes(plan)
@@ -83,7 +95,7 @@ def build_plan(
 
 
 def _reason(tensorrt: TensorRT) -> str:
-    return tensorrt.logger.last_error or "it gives no reason"
+    return tensorrt.last_error
 
 
 def _network(tensorrt: TensorRT, model: bytes, folder: Path) -> tuple[Any, Any]:

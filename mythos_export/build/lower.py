@@ -83,7 +83,7 @@ def _choose_bodies(model: ir.Model, form: str) -> None:
         if portable is None:
             raise BackendError(f"{node.name}: the graph holds no body of {node.op_type}; export the checkpoint again")
         given = {value.name or "": node.inputs[index] for index, value in enumerate(portable.inputs)}
-        overload = _overload(node, form, given)
+        overload = _overload(model, node, form, given)
         function = model.functions.get((overloads.DOMAIN, node.op_type, overload))
         if function is None and overload == overloads.ENGINE:
             continue  # the portable body serves
@@ -108,10 +108,11 @@ def _choose_bodies(model: ir.Model, form: str) -> None:
         ir.convenience.replace_nodes_and_values(node.graph, node, [node], [new], outputs, new.outputs)
 
 
-def _overload(node: ir.Node, form: str, given: dict[str, ir.Value | None]) -> str:
-    if not node.op_type.endswith("MixtureOfExperts"):
-        return overloads.ENGINE
-    return form + (overloads.WITH_SHARED if _n_shared(given) else "")
+def _overload(model: ir.Model, node: ir.Node, form: str, given: dict[str, ir.Value | None]) -> str:
+    """The body for this form where there is one, else that for any."""
+    if node.op_type.endswith("MixtureOfExperts"):
+        form += overloads.WITH_SHARED if _n_shared(given) else ""
+    return form if (overloads.DOMAIN, node.op_type, form) in model.functions else overloads.ENGINE
 
 
 def _n_shared(given: dict[str, ir.Value | None]) -> int:

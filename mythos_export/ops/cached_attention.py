@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mythos_export import overloads
 from mythos_export.ops.operator import Body, Operator, Shape, wide
 from mythos_export.ops.products import SMALLEST
 
@@ -295,10 +294,11 @@ def with_int8_cache(operator: Operator, torch_op: Any, body: str) -> Operator:
 
 
 def float_cache_bodies(operator: Operator) -> dict[str, Body]:
-    """The body for engines of an operator's int8-cache form: as over float rows, which is what caches of engines hold. new_scale is
+    """The bodies for engines of an operator's int8-cache form: as over float rows, which is what caches of engines hold. new_scale is
     there for loops to hand on, and 0."""
-    text = f"""{operator.other_bodies[overloads.ENGINE].text}
+    zeros = """
   scale_shape = Shape <start = 0, end = 2> (new_kv)
   new_scale = ConstantOfShape(scale_shape)
 """
-    return {overloads.ENGINE: Body(text, tuple(name for name, _, _ in operator.inputs))}
+    inputs = tuple(name for name, _, _ in operator.inputs)
+    return {name: Body(body.text + zeros, inputs) for name, body in operator.other_bodies.items()}

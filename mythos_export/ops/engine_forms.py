@@ -59,3 +59,15 @@ _ROUND_STATIC = """
       {out}_same = Identity({x})
     }}>
 """
+
+
+def small_product(x: str, weight: str, y: str) -> str:
+    """y [T, O] = x [T, I] · weight [O, I]^T as a sum of terms, in float32: a compiler may give matrix products to units
+    of fewer digits."""
+    return f"""
+  {y}_axis = Constant <value_ints = [1]> ()
+  {y}_last = Constant <value_ints = [-1]> ()
+  {y}_row = Unsqueeze({x}, {y}_axis)
+  {y}_terms = Mul({y}_row, {weight})
+  {y} = ReduceSum <keepdims = 0> ({y}_terms, {y}_last)
+"""

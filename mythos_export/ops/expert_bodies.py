@@ -6,6 +6,7 @@ Shape letters: N tokens, D dim, E routed experts, A all experts, K top_k, k chos
 from __future__ import annotations
 
 from mythos_export import overloads
+from mythos_export.ops.engine_forms import small_product
 from mythos_export.ops.operator import Body
 from mythos_export.ops.products import FLOAT, FloatForm, PackedForm, flat_text, rms_norm_text
 
@@ -17,7 +18,7 @@ GATHER_LIMIT = 50_000
 _CHOICE = f"""
   {rms_norm_text("x", "norm", "normed")}
   {flat_text("normed", "flat_f")}
-  {FLOAT.product("flat_f", "router", "logits")}
+  {{logits}}
   biased = Add(logits, router_bias)
   top_k_int = Constant <value_int: int = @top_k> ()
   top_k_axis = Constant <value_ints = [0]> ()
@@ -41,7 +42,7 @@ def portable_body(form: FloatForm) -> str:
         scales = (_GATHER_SCALE.format("gate_up"), _GATHER_SCALE.format("down"))
     return f"""
   {form.preamble}
-  {_CHOICE}
+  {_CHOICE.format(logits=FLOAT.product("flat_f", "router", "logits"))}
   flat_cast = {cast}
   rest = Constant <value_ints = [-1]> ()
   axis_0 = Constant <value_ints = [0]> ()
@@ -236,7 +237,7 @@ def _engine_text(form: FloatForm, *, few: bool, shared: bool) -> str:
         routed = _dense("routed", form) + _MANY_TOKENS
     return f"""
   {form.preamble}
-  {_CHOICE}
+  {_CHOICE.format(logits=small_product("flat_f", "router", "logits"))}
   {matrices}
   token = CastLike(flat_f, routed_inner_w)
   {form.rounded("token", "token_rounded")}

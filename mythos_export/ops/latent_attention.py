@@ -180,7 +180,80 @@ def _attend(
     return torch.einsum("bshr,hvr->bshv", mixed, w_uv.to(q.dtype)).flatten(2), stored
 
 
-def _body(form: FloatForm, *, int8: bool, whole: bool = False) -> str:
+_ABSORB = """
+  # w_uk absorbed into the query: [H, R, N] x [H, N, B*S]
+  q_nope_by_head = Transpose <perm = [2, 0, 1, 3]> (q_nope)
+  q_nope_flat_shape = Concat <axis = 0> (rest, nope)
+  q_nope_flat = Reshape(q_nope_by_head, q_nope_flat_shape)
+  {round_q}
+  by_head_shape = Concat <axis = 0> (n_heads, rest, nope)
+  q_nope_heads = Reshape(q_nope_rounded, by_head_shape)
+  q_nope_columns = Transpose <perm = [0, 2, 1]> (q_nope_heads)
+  {uk_matrix}
+  q_absorbed = MatMul(uk, q_nope_columns)
+  q_by_token = Transpose <perm = [2, 0, 1]> (q_absorbed)
+  q_latent_shape = Concat <axis = 0> (batch, rest, rank)
+  q_latent = Reshape(q_by_token, q_latent_shape)
+"""
+
+_EXPAND = """
+  # w_uv applied to the mixed latent: [H, V, R] x [H, R, B*S]
+  mixed_latent, mixed_key = Split <axis = -1> (mixed_rows, kv_split)
+  mixed_flat_shape = Concat <axis = 0> (rest, rank)
+  mixed_flat = Reshape(mixed_latent, mixed_flat_shape)
+  {round_mixed}
+  mixed_shape = Concat <axis = 0> (rest, n_heads, rank)
+  mixed = Reshape(mixed_rounded, mixed_shape)
+  mixed_by_head = Transpose <perm = [1, 2, 0]> (mixed)
+  {uv_matrix}
+  values = MatMul(uv, mixed_by_head)
+  values_by_token = Transpose <perm = [2, 0, 1]> (values)
+  y_shape = Concat <axis = 0> (lead, rest)
+  y = Reshape(values_by_token, y_shape)
+"""
+
+# The same for few tokens: rows of the matrix times the token, summed, which a compiler fuses into one pass over the matrix.
+_ABSORB_FEW = """
+  q_nope_flat = Identity(q_nope)
+  {round_q}
+  {uk_matrix}
+  uk_f = Cast <to = 1> (uk)
+  q_nope_f = Cast <to = 1> (q_nope_rounded)
+  q_nope_axis = Constant <value_ints = [3]> ()
+  q_nope_rows = Unsqueeze(q_nope_f, q_nope_axis)
+  absorbed_terms = Mul(q_nope_rows, uk_f)
+  q_absorbed_f = ReduceSum <keepdims = 0> (absorbed_terms, rest)
+  q_absorbed = CastLike(q_absorbed_f, q)
+  q_latent_shape = Concat <axis = 0> (batch, rest, rank)
+  q_latent = Reshape(q_absorbed, q_latent_shape)
+"""
+
+_EXPAND_FEW = """
+  mixed_latent, mixed_key = Split <axis = -1> (mixed_rows, kv_split)
+  mixed_heads_shape = Concat <axis = 0> (lead, n_heads, rank)
+  mixed_flat = Reshape(mixed_latent, mixed_heads_shape)
+  {round_mixed}
+  {uv_matrix}
+  uv_f = Cast <to = 1> (uv)
+  mixed_f = Cast <to = 1> (mixed_rounded)
+  mixed_axis = Constant <value_ints = [3]> ()
+  mixed_columns = Unsqueeze(mixed_f, mixed_axis)
+  value_terms = Mul(mixed_columns, uv_f)
+  values_f = ReduceSum <keepdims = 0> (value_terms, rest)
+  values = CastLike(values_f, q)
+  y_shape = Concat <axis = 0> (lead, rest)
+  y = Reshape(values, y_shape)
+"""
+
+
+def _body(form: FloatForm, *, int8: bool, whole: bool = False, few: bool = False) -> str:
+    """whole: of the cache, as engines read it. few: for few tokens."""
+    parts = {
+        "round_q": form.rounded("q_nope_flat", "q_nope_rounded"),
+        "uk_matrix": form.matrix("w_uk", "w_uk_scale", "uk"),
+        "round_mixed": form.rounded("mixed_flat", "mixed_rounded", product=1),
+        "uv_matrix": form.matrix("w_uv", "w_uv_scale", "uv"),
+    }
     return f"""
   {form.preamble}
   # sizes; of weights, so onnxruntime folds them
@@ -223,19 +296,7 @@ def _body(form: FloatForm, *, int8: bool, whole: bool = False) -> str:
   rows_f = Concat <axis = -1> (latent, key)
   {store_text("q", int8=int8)}
 
-  # w_uk absorbed into the query: [H, R, N] x [H, N, B*S]
-  q_nope_by_head = Transpose <perm = [2, 0, 1, 3]> (q_nope)
-  q_nope_flat_shape = Concat <axis = 0> (rest, nope)
-  q_nope_flat = Reshape(q_nope_by_head, q_nope_flat_shape)
-  {form.rounded("q_nope_flat", "q_nope_rounded")}
-  by_head_shape = Concat <axis = 0> (n_heads, rest, nope)
-  q_nope_heads = Reshape(q_nope_rounded, by_head_shape)
-  q_nope_columns = Transpose <perm = [0, 2, 1]> (q_nope_heads)
-  {form.matrix("w_uk", "w_uk_scale", "uk")}
-  q_absorbed = MatMul(uk, q_nope_columns)
-  q_by_token = Transpose <perm = [2, 0, 1]> (q_absorbed)
-  q_latent_shape = Concat <axis = 0> (batch, rest, rank)
-  q_latent = Reshape(q_by_token, q_latent_shape)
+{_ABSORB_FEW.format(**parts) if few else _ABSORB.format(**parts)}
   q_rotated = CastLike(q_rotated_f, q)
   q_rope_shape = Concat <axis = 0> (batch, rest, rope)
   q_rope_flat = Reshape(q_rotated, q_rope_shape)
@@ -256,20 +317,15 @@ def _body(form: FloatForm, *, int8: bool, whole: bool = False) -> str:
   probabilities_flat = Reshape(probabilities, probabilities_shape)
   mixed_rows = MatMul(probabilities_flat, rows)
 
-  # w_uv applied to the mixed latent: [H, V, R] x [H, R, B*S]
-  mixed_latent, mixed_key = Split <axis = -1> (mixed_rows, kv_split)
-  mixed_flat_shape = Concat <axis = 0> (rest, rank)
-  mixed_flat = Reshape(mixed_latent, mixed_flat_shape)
-  {form.rounded("mixed_flat", "mixed_rounded", product=1)}
-  mixed_shape = Concat <axis = 0> (rest, n_heads, rank)
-  mixed = Reshape(mixed_rounded, mixed_shape)
-  mixed_by_head = Transpose <perm = [1, 2, 0]> (mixed)
-  {form.matrix("w_uv", "w_uv_scale", "uv")}
-  values = MatMul(uv, mixed_by_head)
-  values_by_token = Transpose <perm = [2, 0, 1]> (values)
-  y_shape = Concat <axis = 0> (lead, rest)
-  y = Reshape(values_by_token, y_shape)
+{_EXPAND_FEW.format(**parts) if few else _EXPAND.format(**parts)}
 """
+
+
+def _engine_bodies(form: FloatForm) -> dict[str, Body]:
+    return {
+        overloads.ENGINE: Body(_body(form, int8=False, whole=True)),
+        overloads.FEW_TOKENS: Body(_body(form, int8=False, whole=True, few=True)),
+    }
 
 
 def _product(a: int | str | None, b: int | str | None) -> int | None:
@@ -303,7 +359,7 @@ OPERATOR = Operator(
         list(shapes[1]),
     ],
     body=_body(FLOAT, int8=False),
-    other_bodies={overloads.ENGINE: Body(_body(ENGINE, int8=False, whole=True))},
+    other_bodies=_engine_bodies(ENGINE),
 )
 
 _WEIGHTS = ("w_uk", "w_uv")
@@ -313,7 +369,7 @@ QUANTIZED = quantized(
     torch.ops.mythos.quantized_latent_attention.default,
     _body(QuantizedForm(), int8=False),
     weights=_WEIGHTS,
-    other_bodies={overloads.ENGINE: Body(_body(ENGINE_QUANTIZED, int8=False, whole=True))},
+    other_bodies=_engine_bodies(ENGINE_QUANTIZED),
 )
 QUANTIZED_INT8_CACHE = quantized(
     INT8_CACHE,

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos_export.ops.operator import Operator, rms_norm
+from mythos_export import overloads
+from mythos_export.ops.engine_forms import small_product
+from mythos_export.ops.operator import Body, Operator, rms_norm
 from mythos_export.ops.products import FLOAT, flat_text, rms_norm_text
 
 
@@ -98,6 +100,73 @@ INPUT = Operator(
 """,
 )
 
+
+def _update_body(low: str, lora: str, logit: str) -> str:
+    """low [B*S, r] = flat · lora_down^T, lora_flat [B*S, D] = low_scaled · lora_up, logit_0 [B, S, 1] = next_h · halt."""
+    return f"""
+  one_1 = Constant <value_ints = [1]> ()
+  row = Reshape(loop, one_1)
+  lora_row = Gather <axis = 0> (lora_scale, row)
+  {flat_text("x", "flat")}
+  {low}
+  low_scaled = Mul(low, lora_row)
+  {lora}
+  x_shape = Shape(x)
+  lora = Reshape(lora_flat, x_shape)
+  x_lora = Add(x, lora)
+  kept = Mul(decay, h)
+  injected = Mul(injection, e)
+  driven = Add(kept, injected)
+  next_h = Add(driven, x_lora)
+
+  # 1 / (1 + exp(-x)), not Sigmoid: a small probability needs relative accuracy
+  {logit}
+  logit = Add(logit_0, halt_bias)
+  minus = Neg(logit)
+  exponential = Exp(minus)
+  one = Constant <value_float = 1.0> ()
+  zero = Constant <value_float = 0.0> ()
+  denominator = Add(exponential, one)
+  probability = Reciprocal(denominator)
+  threshold = Constant <value_float: float = @act_threshold> ()
+  not_halted = Less(halted_mass, threshold)
+  in_depth = Less(loop, n_loops)
+  depth_shape = Constant <value_ints = [-1, 1, 1]> ()
+  wanted = Reshape(in_depth, depth_shape)
+  running = And(not_halted, wanted)
+  mass = Add(halted_mass, probability)
+  left = Sub(one, halted_mass)
+  remainder = Max(left, zero)
+  reaches = GreaterOrEqual(mass, threshold)
+  weight = Where(reaches, remainder, probability)
+  weighted = Mul(weight, next_h)
+  more = Add(result, weighted)
+  next_result = Where(running, more, result)
+  next_halted_mass = Where(running, mass, halted_mass)
+  step = Cast <to = 7> (running)
+  next_exit_loop = Add(exit_loop, step)
+"""
+
+
+_PORTABLE_UPDATE = _update_body(
+    FLOAT.product("flat", "lora_down", "low"),
+    "lora_flat = MatMul(low_scaled, lora_up)",
+    """halt_axis = Constant <value_ints = [1]> ()
+  halt_column = Unsqueeze(halt, halt_axis)
+  logit_0 = MatMul(next_h, halt_column)""",
+)
+
+_ENGINE_UPDATE = _update_body(
+    small_product("flat", "lora_down", "low"),
+    """lora_axis = Constant <value_ints = [2]> ()
+  low_column = Unsqueeze(low_scaled, lora_axis)
+  lora_terms = Mul(low_column, lora_up)
+  lora_flat = ReduceSum <keepdims = 0> (lora_terms, one_1)""",
+    """halt_last = Constant <value_ints = [-1]> ()
+  halt_terms = Mul(next_h, halt)
+  logit_0 = ReduceSum <keepdims = 1> (halt_terms, halt_last)""",
+)
+
 UPDATE = Operator(
     name="RecurrentUpdate",
     doc="The end of a loop: depth-wise LoRA (arXiv 2410.20672), injection h = decay * h + injection * e + x, and adaptive halting "
@@ -128,49 +197,6 @@ UPDATE = Operator(
     attributes={"act_threshold": ("FLOAT", "cumulative halting probability at which a token stops")},
     torch_op=torch.ops.mythos.recurrent_update.default,
     infer_shapes=lambda shapes, _: [list(shapes[1]), list(shapes[3]), list(shapes[4]), list(shapes[5])],
-    body=f"""
-  one_1 = Constant <value_ints = [1]> ()
-  row = Reshape(loop, one_1)
-  lora_row = Gather <axis = 0> (lora_scale, row)
-  {flat_text("x", "flat")}
-  {FLOAT.product("flat", "lora_down", "low")}
-  low_scaled = Mul(low, lora_row)
-  lora_flat = MatMul(low_scaled, lora_up)
-  x_shape = Shape(x)
-  lora = Reshape(lora_flat, x_shape)
-  x_lora = Add(x, lora)
-  kept = Mul(decay, h)
-  injected = Mul(injection, e)
-  driven = Add(kept, injected)
-  next_h = Add(driven, x_lora)
-
-  # 1 / (1 + exp(-x)), not Sigmoid: a small probability needs relative accuracy
-  halt_axis = Constant <value_ints = [1]> ()
-  halt_column = Unsqueeze(halt, halt_axis)
-  logit_0 = MatMul(next_h, halt_column)
-  logit = Add(logit_0, halt_bias)
-  minus = Neg(logit)
-  exponential = Exp(minus)
-  one = Constant <value_float = 1.0> ()
-  zero = Constant <value_float = 0.0> ()
-  denominator = Add(exponential, one)
-  probability = Reciprocal(denominator)
-  threshold = Constant <value_float: float = @act_threshold> ()
-  not_halted = Less(halted_mass, threshold)
-  in_depth = Less(loop, n_loops)
-  depth_shape = Constant <value_ints = [-1, 1, 1]> ()
-  wanted = Reshape(in_depth, depth_shape)
-  running = And(not_halted, wanted)
-  mass = Add(halted_mass, probability)
-  left = Sub(one, halted_mass)
-  remainder = Max(left, zero)
-  reaches = GreaterOrEqual(mass, threshold)
-  weight = Where(reaches, remainder, probability)
-  weighted = Mul(weight, next_h)
-  more = Add(result, weighted)
-  next_result = Where(running, more, result)
-  next_halted_mass = Where(running, mass, halted_mass)
-  step = Cast <to = 7> (running)
-  next_exit_loop = Add(exit_loop, step)
-""",
+    body=_PORTABLE_UPDATE,
+    other_bodies={overloads.ENGINE: Body(_ENGINE_UPDATE)},
 )
