@@ -14,7 +14,7 @@ venv: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[export,report,dev]'
+	$(BIN)/pip install --quiet --editable '.[export,report,tensorrt-rtx,dev]'
 	$(BIN)/pip install --quiet --no-deps open-mythos
 	touch $@
 

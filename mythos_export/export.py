@@ -242,10 +242,13 @@ def attach_functions(model: ir.Model) -> None:
         node.overload = operator.overload_for(value.dtype for value in node.inputs if value is not None)
         if node.op_identifier() in model.functions:
             continue
-        for overload, proto in operator.functions.items():
-            if overload == node.overload or overload not in (PORTABLE, DEQUANTIZED):
-                function = ir.serde.deserialize_function(proto)
-                model.functions[function.identifier()] = function
+        engine = [overload for overload in operator.functions if overload not in (PORTABLE, DEQUANTIZED)]
+        for overload in (
+            *engine,
+            node.overload,
+        ):  # its own last: onnx's evaluator knows no overloads and takes the last
+            function = ir.serde.deserialize_function(operator.functions[overload])
+            model.functions[function.identifier()] = function
     model.opset_imports[ops.DOMAIN] = ops.DOMAIN_VERSION
 
 

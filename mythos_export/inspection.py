@@ -11,9 +11,10 @@ from typing import Any
 from mythos_export import __version__, footprint
 from mythos_export.bench import cpu_name
 from mythos_export.config import ModelConfig
-from runtimes import native_operators
+from runtimes import cuda, native_operators, tensorrt_api
 from runtimes.bundle import open_bundle
 from runtimes.engines import engine_summaries
+from runtimes.errors import BackendError
 
 
 def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def doctor() -> dict[str, Any]:
         "export": "pip install 'mythos-export[export]'",
         "compare with the reference": "pip install 'mythos-export[export]' and pip install --no-deps open-mythos==0.5.0",
     }
+    engines = {f"run engines of {backend}": _engine_problem(backend) for backend in tensorrt_api.BACKENDS}
     return {
         "mythos_export": __version__,
         "python": platform.python_version(),
@@ -72,10 +74,21 @@ def doctor() -> dict[str, Any]:
         "onnxruntime_providers": providers,
         "native_operators": None if problem else native_operators.instruction_set(),
         "native_library": None if problem else str(native_operators.LIBRARY),
-        "can": can,
+        "can": can | {task: found is None for task, found in engines.items()},
         "missing": {task: fixes[task] for task, ok in can.items() if not ok}
-        | ({"native operators": problem} if problem else {}),
+        | ({"native operators": problem} if problem else {})
+        | {task: found for task, found in engines.items() if found},
     }
+
+
+def _engine_problem(backend: str) -> str | None:
+    """Why engines of a library cannot run here; None where they can."""
+    try:
+        tensorrt_api.find(backend)
+        cuda.device()
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def _version(package: str) -> str | None:

@@ -23,7 +23,7 @@ _REMEDIES = {
 }
 # How plans begin: TensorRT's as NVIDIA's trtexec (open source) checks it, TensorRT-RTX's as version 1.7 writes it.
 _PLAN_TAGS = {"tensorrt": b"ftrt", "tensorrt-rtx": b"vtrt"}
-_ARITHMETIC = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION", "MATRIX_MULTIPLY")
+_ARITHMETIC = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION")
 _LAYER_REPORT = (
     "Layers:\n",
     "Engine Layer Information:\n",
@@ -92,11 +92,11 @@ class TensorRT:
         return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
     def set_precision(self, config: Any, network: Any) -> None:
-        """Lets TensorRT compute in the types of the parsed network and in no others: no TF32; before strong typing, all arithmetic is
-        held to the type of its results."""
+        """Lets TensorRT compute in the types of the parsed network and in no others: no TF32 for float32; before strong typing,
+        what is not a matrix product is held to the type of its results."""
         module, flags = self.module, self.module.BuilderFlag
-        config.clear_flag(flags.TF32)
         if self.capabilities.strongly_typed:
+            config.clear_flag(flags.TF32)
             return
         config.set_tactic_sources(0)  # no kernels of cuBLAS or cuDNN, so that neither need be there
         config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
@@ -110,8 +110,11 @@ class TensorRT:
                 layer.precision = outputs[0].dtype
                 for index, output in enumerate(outputs):
                     layer.set_output_type(index, output.dtype)
+        # Matrix products of float16 graphs are all float16 (the others are written as sums), yet 8.6 finds no kernels without TF32.
         if module.DataType.HALF in kinds:
             config.set_flag(flags.FP16)
+        else:
+            config.clear_flag(flags.TF32)
         if module.LayerType.QUANTIZE in {network.get_layer(index).type for index in range(network.num_layers)}:
             config.set_flag(flags.INT8)
 
@@ -121,8 +124,8 @@ class TensorRT:
         return 1 if self.capabilities.strongly_typed else 2
 
     def begin_attempt(self, config: Any, attempt: int) -> None:
-        """TensorRT 8.6 finds no kernels for some graphs while it plans for all shapes at once (its preview feature FASTER_DYNAMIC_SHAPES,
-        on by default): the second attempt, at the same network, plans for each shape as it comes."""
+        """TensorRT 8.6 finds no kernels for some graphs with its preview feature FASTER_DYNAMIC_SHAPES, which is on by default: the
+        second attempt at a network is without."""
         if attempt:
             config.set_preview_feature(self.module.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805, False)
 

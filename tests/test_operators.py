@@ -16,7 +16,7 @@ from onnx import parser
 
 from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export import ops
-from mythos_export.ops import mixture_of_experts
+from mythos_export.ops import expert_bodies
 
 FLOAT, INT8, FLOAT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN
 GENERATOR = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ def test_quantized_mixture_of_experts(seq: int, dim: int, hidden: int, shared: i
 def test_both_forms_of_the_mixture(limit: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever way the body takes, the result is one: also with every token at one expert, and experts without tokens."""
     operator = OPERATORS["MixtureOfExperts" if bits == 32 else "QuantizedMixtureOfExperts"]
-    forced = dataclasses.replace(operator, body=operator.body.replace(str(mixture_of_experts.GATHER_LIMIT), str(limit)))
+    forced = dataclasses.replace(operator, body=operator.body.replace(str(expert_bodies.GATHER_LIMIT), str(limit)))
     for tokens in (1, 17):
         tensors = experts(1, tokens, 8, 6, 6, 1)
         quantization = {}

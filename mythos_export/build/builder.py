@@ -76,17 +76,7 @@ def build_plan(
     cache = tensorrt.set_timing_cache(config, timing_cache)
     if progress is not None:
         tensorrt.set_progress(config, progress)
-    plan, report = None, []
-    for attempt in range(tensorrt.n_attempts):
-        tensorrt.begin_attempt(config, attempt)
-        with tensorrt.logger.layers_reported() as report:
-            plan = builder.build_serialized_network(network, config)
-        if plan is not None:
-            break
-        if attempt + 1 < tensorrt.n_attempts:
-            _log.info("%s %s: %s; trying another way", tensorrt.backend, tensorrt.version, _reason(tensorrt))
-    if plan is None:
-        raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {_reason(tensorrt)}")
+    plan, report = _serialized(tensorrt, builder, network, config)
     data = bytes(plan)
     layers, activation_bytes = _inspect(tensorrt, data, report)
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
@@ -94,8 +84,16 @@ def build_plan(
     return BuiltPlan(data, layers, activation_bytes, host_inputs, b"" if cache is None else bytes(cache.serialize()))
 
 
-def _reason(tensorrt: TensorRT) -> str:
-    return tensorrt.last_error
+def _serialized(tensorrt: TensorRT, builder: Any, network: Any, config: Any) -> tuple[Any, list[str]]:
+    """A plan and the builder's words on its layers, by the first way that succeeds."""
+    for attempt in range(tensorrt.n_attempts):
+        tensorrt.begin_attempt(config, attempt)
+        with tensorrt.logger.layers_reported() as report:
+            plan = builder.build_serialized_network(network, config)
+        if plan is not None:
+            return plan, report
+        _log.info("%s %s built no engine: %s", tensorrt.backend, tensorrt.version, tensorrt.last_error)
+    raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {tensorrt.last_error}")
 
 
 def _network(tensorrt: TensorRT, model: bytes, folder: Path) -> tuple[Any, Any]:
@@ -106,7 +104,9 @@ def _network(tensorrt: TensorRT, model: bytes, folder: Path) -> tuple[Any, Any]:
     if not parser.parse(model, str(folder / "lowered.onnx")):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         text = "; ".join(f"{error.desc()} (node {error.node()})" for error in errors)
-        raise BackendError(f"{tensorrt.backend} {tensorrt.version} cannot parse the graph: {text or _reason(tensorrt)}")
+        raise BackendError(
+            f"{tensorrt.backend} {tensorrt.version} cannot parse the graph: {text or tensorrt.last_error}"
+        )
     return network, builder
 
 
@@ -130,8 +130,8 @@ def _optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:
 
 
 def _inspect(tensorrt: TensorRT, plan: bytes, report: list[str]) -> tuple[dict[str, Any], int]:
-    """The layer report and the bytes of a context's activations: from the engine; or, where that is for a GPU that is not here, what
-    the builder reported, and 0."""
+    """The layer report and the bytes of a context's activations: from the engine; or, where that is for a GPU that is not here,
+    what the builder reported, and 0."""
     try:
         deserialized = tensorrt.deserialize(plan)
     except BackendError:

@@ -26,8 +26,8 @@ from runtimes.tensorrt_api import TensorRT
 
 MAX_BATCH, MAX_SEQ, MAX_CONTEXT = 1, 512, 4096  # of an engine, unless asked for more; the last at most the model's
 _BUCKET = 256  # least capacity of a cache
-# A gathered expert is read at 0.6 of the bandwidth at which all are read in turn (H100, experts of 2048 x 4096 in float16), so gathering
-# pays up to this share of all experts.
+# A gathered expert is read at 0.6 of the bandwidth at which all are read in turn (H100, TensorRT 8.6, experts of 2048 x 4096 in
+# float16), so gathering pays up to this share of all experts.
 _GATHERING_PAYS = 0.6
 
 
@@ -52,8 +52,8 @@ def build_engine(
 ) -> tuple[Path, Engine]:
     """Builds an engine of a bundle into its engines/ folder and returns where it stands and its metadata.
 
-    backend: "tensorrt" or "tensorrt-rtx". dtype: of matrices and cache, one of float32, float16, bfloat16 (default: the bundle's; of a
-    quantized bundle float16, or float32 before TensorRT 10). limits: default Limits(). force: replace an engine of the same key.
+    backend: "tensorrt" or "tensorrt-rtx". dtype: of matrices and cache, one of float32, float16, bfloat16 (default: the bundle's;
+    of a quantized bundle float16, or float32 before TensorRT 10). limits: default Limits(). force: replace an engine of the same key.
     Raises BackendError where TensorRT or the GPU is missing or the graph is refused, InputError for limits that make no sense,
     BundleError for a damaged bundle or an engine that exists.
     """

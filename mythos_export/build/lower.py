@@ -50,8 +50,8 @@ def lower(folder: Path, graph: Graph, dtype: str, *, form: str, old_parser: bool
     """Lowers a graph of the bundle in folder.
 
     dtype: of the matrices and the cache, "float32", "float16" or "bfloat16"; norms, router, halting and sums stay float32. form:
-    FEW_TOKENS or MANY_TOKENS of mythos_export.overloads, how experts are run. old_parser: for TensorRT before 10. Raises BackendError for a bundle whose graph holds
-    no bodies for engine builders, and for scales that are found as the graph runs.
+    FEW_TOKENS or MANY_TOKENS of mythos_export.overloads. old_parser: for TensorRT before 10. Raises BackendError for a bundle whose
+    graph holds no bodies for engine builders, and for scales that are found as the graph runs.
     """
     model = ir.load(folder / graph.file)
     _choose_bodies(model, form)
@@ -374,8 +374,8 @@ def _check_standard(model: ir.Model) -> None:
     branches = [node.name or "" for node in _nodes(model) if node.op_type == "If"]
     if branches:
         raise BackendError(
-            f"{branches[0]}: which way to compute is not known when an engine is built; static scales that change from loop to loop "
-            "need a bundle exported with a fixed loop count (--loops N)"
+            f"{branches[0]}: which way to compute is not known when an engine is built; static scales that change from loop to "
+            "loop need a bundle exported with a fixed loop count (--loops N)"
         )
 
 

@@ -128,8 +128,8 @@ def _dequantized(model: ir.Model, node: ir.Node, values: ir.Value, scales: ir.Va
 def _by_channel(
     values: ir.Value, shape: list[int], levels: np.ndarray[Any, Any], block_size: int
 ) -> tuple[list[int], np.ndarray[Any, Any]]:
-    """The shape [rows, I] in which every row of a matrix [E*O, I] has one scale, and these: rows are its channels where all blocks of
-    a channel have one scale, otherwise its blocks."""
+    """The shape [rows, I] in which every row of a matrix [E*O, I] has one scale, and these: rows are its channels where all blocks
+    of a channel have one scale, otherwise its blocks."""
     if (levels == levels[..., :1]).all():
         return shape, levels[..., 0].flatten()
     if shape[1] % block_size:

@@ -294,8 +294,8 @@ def with_int8_cache(operator: Operator, torch_op: Any, body: str) -> Operator:
 
 
 def float_cache_bodies(operator: Operator) -> dict[str, Body]:
-    """The bodies for engines of an operator's int8-cache form: as over float rows, which is what caches of engines hold. new_scale is
-    there for loops to hand on, and 0."""
+    """The bodies for engines of an operator's int8-cache form: as over float rows, which is what caches of engines hold. new_scale
+    is there for loops to hand on, and 0."""
     zeros = """
   scale_shape = Shape <start = 0, end = 2> (new_kv)
   new_scale = ConstantOfShape(scale_shape)
