@@ -53,7 +53,7 @@ def build_engine(
     """Builds an engine of a bundle into its engines/ folder and returns where it stands and its metadata.
 
     backend: "tensorrt" or "tensorrt-rtx". dtype: of matrices and cache, one of float32, float16, bfloat16 (default: the bundle's;
-    of a quantized bundle float16, or float32 before TensorRT 10). limits: default Limits(). force: replace an engine of the same key.
+    of a quantized bundle float16, or float32 before TensorRT 10). limits: default Limits(). force: replace an engine of that key.
     Raises BackendError where TensorRT or the GPU is missing or the graph is refused, InputError for limits that make no sense,
     BundleError for a damaged bundle or an engine that exists.
     """
