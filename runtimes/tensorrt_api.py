@@ -119,14 +119,14 @@ class TensorRT:
             config.set_flag(flags.INT8)
 
     @property
-    def n_attempts(self) -> int:
-        """How many ways there are to build a plan; see begin_attempt."""
+    def n_ways(self) -> int:
+        """How many ways there are to build a plan; see choose_way."""
         return 1 if self.capabilities.strongly_typed else 2
 
-    def begin_attempt(self, config: Any, attempt: int) -> None:
-        """TensorRT 8.6 finds no kernels for some graphs with its preview feature FASTER_DYNAMIC_SHAPES, which is on by default: the
-        second attempt at a network is without."""
-        if attempt:
+    def choose_way(self, config: Any, way: int) -> None:
+        """TensorRT 8.6 finds no kernels for some graphs with its preview feature FASTER_DYNAMIC_SHAPES, which is on by default:
+        way 1 is without."""
+        if way:
             config.set_preview_feature(self.module.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805, False)
 
     def set_compute_capabilities(self, config: Any, wanted: tuple[str, ...]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from runtimes.engines import Profile
 from runtimes.errors import BackendError
 from runtimes.tensorrt_api import TensorRT
 
-_log = logging.getLogger("mythos_export.tensorrt")
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 # Dimensions of each input, by the ranges of a profile; None is taken from the graph.
 _DIMENSIONS: dict[str, tuple[str | None, ...]] = {
@@ -53,10 +51,11 @@ def build_plan(
     folder: Path,
     profiles: tuple[Profile, ...],
     options: Options,
+    way: int = 0,
     timing_cache: bytes = b"",
     progress: Progress | None = None,
 ) -> BuiltPlan:
-    """Builds one plan from a serialized ONNX model, whose external data lies in folder.
+    """Builds one plan from a serialized ONNX model, whose external data lies in folder. way: one of tensorrt.n_ways.
 
     Raises BackendError, with TensorRT's words, where it refuses the graph or finds no way to compute it.
     """
@@ -76,24 +75,16 @@ def build_plan(
     cache = tensorrt.set_timing_cache(config, timing_cache)
     if progress is not None:
         tensorrt.set_progress(config, progress)
-    plan, report = _serialized(tensorrt, builder, network, config)
+    tensorrt.choose_way(config, way)
+    with tensorrt.logger.layers_reported() as report:
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {tensorrt.last_error}")
     data = bytes(plan)
     layers, activation_bytes = _inspect(tensorrt, data, report)
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     host_inputs = tuple(tensor.name for tensor in inputs if tensor.is_shape_tensor)
     return BuiltPlan(data, layers, activation_bytes, host_inputs, b"" if cache is None else bytes(cache.serialize()))
-
-
-def _serialized(tensorrt: TensorRT, builder: Any, network: Any, config: Any) -> tuple[Any, list[str]]:
-    """A plan and the builder's words on its layers, by the first way that succeeds."""
-    for attempt in range(tensorrt.n_attempts):
-        tensorrt.begin_attempt(config, attempt)
-        with tensorrt.logger.layers_reported() as report:
-            plan = builder.build_serialized_network(network, config)
-        if plan is not None:
-            return plan, report
-        _log.info("%s %s built no engine: %s", tensorrt.backend, tensorrt.version, tensorrt.last_error)
-    raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {tensorrt.last_error}")
 
 
 def _network(tensorrt: TensorRT, model: bytes, folder: Path) -> tuple[Any, Any]:

@@ -6,7 +6,10 @@ Shape letters: T tokens of a step, E routed experts, K top_k.
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,15 +18,17 @@ import onnx_ir as ir
 
 from mythos_export import __version__, overloads
 from mythos_export.build.builder import BuiltPlan, Options, Progress, build_plan
+from mythos_export.build.check import check_engine
 from mythos_export.build.lower import DTYPES, Lowered, lower
 from mythos_export.config import MixtureOfExpertsConfig, ModelConfig
 from runtimes import cuda, tensorrt_api
 from runtimes.bundle import Graph, Manifest, open_bundle
 from runtimes.dtypes import STORAGE
 from runtimes.engines import FOLDER, FORMAT_VERSION, Engine, EngineWriter, Plan, Profile, Range, Weight, engine_key
-from runtimes.errors import InputError
+from runtimes.errors import BackendError, InputError
 from runtimes.tensorrt_api import TensorRT
 
+_log = logging.getLogger("mythos_export")
 MAX_BATCH, MAX_SEQ, MAX_CONTEXT = 1, 512, 4096  # of an engine, unless asked for more; the last at most the model's
 _BUCKET = 256  # least capacity of a cache
 # A gathered expert is read at 0.6 of the bandwidth at which all are read in turn (H100, TensorRT 8.6, experts of 2048 x 4096 in
@@ -54,56 +59,106 @@ def build_engine(
 
     backend: "tensorrt" or "tensorrt-rtx". dtype: of matrices and cache, one of float32, float16, bfloat16 (default: the bundle's;
     of a quantized bundle float16, or float32 before TensorRT 10). limits: default Limits(). force: replace an engine of that key.
-    Raises BackendError where TensorRT or the GPU is missing or the graph is refused, InputError for limits that make no sense,
-    BundleError for a damaged bundle or an engine that exists.
+    Where the GPU is at hand, the engine's results are held against onnxruntime's before it stays; see check_engine.
+    Raises BackendError where TensorRT or the GPU is missing, the graph is refused or results are wrong, InputError for limits that
+    make no sense, BundleError for a damaged bundle or an engine that exists.
     """
     library = tensorrt_api.find(backend)
     options, limits = options or Options(), limits or Limits()
     folder, manifest = open_bundle(bundle)
-    graph = manifest.graphs[0]
-    dtype = _checked_dtype(dtype, graph, library)
-    context = _checked_context(limits, graph)
+    dtype = _checked_dtype(dtype, manifest.graphs[0], library)
     device, capabilities = _target(library, options)
-    key = engine_key(backend, library.version, capabilities, device, dtype)
+    job = _Job(library, folder, manifest, dtype, limits, options, device, capabilities, progress)
+    _checked_context(limits, manifest.graphs[0])
+    for way in range(library.n_ways):
+        try:
+            return _built(job, way, force=force)
+        except BackendError as error:
+            if way + 1 == library.n_ways:
+                raise
+            _log.warning("%s; another way of building is tried", error)
+    raise BackendError(f"{backend} {library.version} knows no way to build")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be built, all of it checked."""
+
+    library: TensorRT
+    folder: Path
+    manifest: Manifest
+    dtype: str
+    limits: Limits
+    options: Options
+    device: str
+    capabilities: tuple[str, ...]
+    progress: Progress | None
+
+    @property
+    def key(self) -> str:
+        return engine_key(self.library.backend, self.library.version, self.capabilities, self.device, self.dtype)
+
+
+def _built(job: _Job, way: int, *, force: bool) -> tuple[Path, Engine]:
+    """Builds the engine one way and, where the GPU is at hand, checks its results. Raises BackendError, leaving none behind."""
+    path = job.folder / FOLDER / job.key
     began = time.perf_counter()
-    with EngineWriter(folder, key, force=force) as writer:
-        cache = folder / FOLDER / f".{key.rpartition('-')[0]}.timing"
-        timing = cache.read_bytes() if cache.is_file() else b""
+    cache = path.with_name(f".{job.key.rpartition('-')[0]}.timing")
+    timing = cache.read_bytes() if cache.is_file() else b""
+    graph, library = job.manifest.graphs[0], job.library
+    context = _checked_context(job.limits, graph)
+    with EngineWriter(job.folder, job.key, force=force) as writer:
         plans, weights, built = [], dict[str, Weight](), []
-        for form, max_tokens in _forms(manifest, limits):
-            lowered = lower(folder, graph, dtype, form=form, old_parser=not library.capabilities.strongly_typed)
+        for form, max_tokens in _forms(job.manifest, job.limits):
+            lowered = lower(job.folder, graph, job.dtype, form=form, old_parser=not library.capabilities.strongly_typed)
             weights.update(_weights(lowered))
-            profiles = _profiles(graph, limits, context, max_tokens)
+            profiles = _profiles(graph, job.limits, context, max_tokens)
             model = ir.to_proto(lowered.model).SerializeToString()
-            plan = build_plan(library, model, folder, profiles, options, timing, progress)
+            plan = build_plan(library, model, job.folder, profiles, job.options, way, timing, job.progress)
             built.append(plan)
             timing = plan.timing_cache or timing
             plans.append(_write(writer, form, max_tokens, profiles, plan))
-        files = sorted({weight.file for weight in weights.values()} | set(graph.weights))
-        engine = Engine(
-            format="mythos-engine",
-            format_version=FORMAT_VERSION,
-            producer=f"mythos-export {__version__}",
-            backend=backend,  # type: ignore[arg-type]
-            version=library.version,
-            device=device,
-            compute_capabilities=capabilities,
-            graph_file=graph.file,
-            graph_sha256=manifest.files[graph.file].sha256,
-            weights_sha256={name: manifest.files[name].sha256 for name in files},
-            dtype=dtype,  # type: ignore[arg-type]
-            cache_dtype=dtype,  # type: ignore[arg-type]
-            integers="int64" if library.capabilities.int64 else "int32",
-            host_inputs=tuple(sorted({name for plan in built for name in plan.host_inputs})),
-            cuda_graph=graph.loops is not None,
-            weights=tuple(weights.values()),
-            plans=tuple(plans),
-            build_seconds=time.perf_counter() - began,
-        )
+        engine = _metadata(job, tuple(plans), tuple(weights.values()), built, time.perf_counter() - began)
         writer.commit(engine)
     if timing:
         cache.write_bytes(timing)
-    return folder / FOLDER / key, engine
+    if not job.options.compute_capabilities:
+        try:
+            agreement = check_engine(job.folder, job.key)
+        except BackendError:
+            shutil.rmtree(path)
+            raise
+        _log.info(
+            "%s agrees with onnxruntime: mean KL %.2g nats, top-1 %.4f", job.key, agreement.mean_kl, agreement.top1
+        )
+    return path, engine
+
+
+def _metadata(
+    job: _Job, plans: tuple[Plan, ...], weights: tuple[Weight, ...], built: Sequence[BuiltPlan], seconds: float
+) -> Engine:
+    graph, files = job.manifest.graphs[0], job.manifest.files
+    named = sorted({weight.file for weight in weights} | set(graph.weights))
+    return Engine(
+        format="mythos-engine",
+        format_version=FORMAT_VERSION,
+        producer=f"mythos-export {__version__}",
+        backend=job.library.backend,  # type: ignore[arg-type]
+        version=job.library.version,
+        device=job.device,
+        compute_capabilities=job.capabilities,
+        graph_file=graph.file,
+        graph_sha256=files[graph.file].sha256,
+        weights_sha256={name: files[name].sha256 for name in named},
+        dtype=job.dtype,  # type: ignore[arg-type]
+        cache_dtype=job.dtype,  # type: ignore[arg-type]
+        integers="int64" if job.library.capabilities.int64 else "int32",
+        host_inputs=tuple(sorted({name for plan in built for name in plan.host_inputs})),
+        cuda_graph=graph.loops is not None,
+        weights=weights,
+        plans=plans,
+        build_seconds=seconds,
+    )
 
 
 def _checked_dtype(dtype: str | None, graph: Graph, library: TensorRT) -> str:
