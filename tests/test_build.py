@@ -1,4 +1,4 @@
-"""Engines from bundles: lowered graphs compute what the bundle does; TensorRT-RTX, where it is installed, builds them without a GPU.
+"""Engines from bundles: lowered graphs compute what the bundle does; TensorRT-RTX builds them without a GPU.
 
 Shape letters: B batch, S new tokens, C capacity of the cache, W its width, V vocab_size.
 """
@@ -6,10 +6,7 @@ Shape letters: B batch, S new tokens, C capacity of the cache, W its width, V vo
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +18,7 @@ import onnxruntime
 import pytest
 
 from mythos_export import cli
-from mythos_export.build.engine import Limits, _profiles
-from mythos_export.build.lower import NEXT_TOKEN, Lowered, lower
+from mythos_export.build.lower import Lowered, lower
 from mythos_export.export import export_bundle
 from mythos_export.overloads import FEW_TOKENS, MANY_TOKENS
 from mythos_export.quantize import quantize_bundle
@@ -66,7 +62,7 @@ class InOnnxruntime:
 
 
 class Case(NamedTuple):
-    """A bundle, and a step of two sequences of different lengths whose dead cache rows are NaN, with what the bundle makes of it."""
+    """A bundle, and a step of two sequences whose dead cache rows are NaN, and what the bundle makes of it."""
 
     folder: Path
     graph: Graph
@@ -151,9 +147,7 @@ def check_outputs(outputs: dict[str, np.ndarray], case: Case, dtype: str) -> Non
     logits = outputs["logits"].astype(np.float64)
     np.testing.assert_array_equal(outputs["next_token"], logits.argmax(-1))  # argmax takes the lowest of equals as well
     largest = logits.max(-1, keepdims=True)
-    np.testing.assert_allclose(
-        outputs["next_logprob"], -np.log(np.exp(logits - largest).sum(-1)), rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(outputs["next_logprob"], -np.log(np.exp(logits - largest).sum(-1)), rtol=0, atol=1e-5)
 
 
 def test_dead_cache_rows_change_nothing(fixed_bundle: Path) -> None:
@@ -202,5 +196,69 @@ def first_step(runner: Runner, text: str) -> StepInput:
 
 def kl_mean(of: np.ndarray, other: np.ndarray) -> float:
     """Mean Kullback-Leibler divergence, in nats, of what logits [..., V] predict."""
-    logs = [logits - np.log(np.exp(logits).sum(-1, keepdims=True)) for logits in (of.astype(float), other.astype(float))]
+    logs = [
+        logits - np.log(np.exp(logits).sum(-1, keepdims=True)) for logits in (of.astype(float), other.astype(float))
+    ]
     return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
+
+
+# TensorRT-RTX
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["mythos-export", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0, *capsys.readouterr()
+
+
+@pytest.fixture
+def rtx() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds engines without a GPU")
+    tensorrt_api.find.cache_clear()
+
+
+BUILD = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--max-context", 256, "--max-seq", 16)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_build(
+    fixed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(fixed_bundle, tmp_path / "bundle")
+    code, out, err = call(monkeypatch, capsys, "build", bundle, *BUILD, "--dtype", "float16", "--json")
+    assert code == 0, err
+    built, (folder,) = json.loads(out), (bundle / "engines").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "engine.json", *(f"{form}.{kind}" for form in FORMS for kind in ("plan", "layers.json"))
+    }  # fmt: skip
+    check(folder, read_engine(folder), open_bundle(bundle)[1])
+    for command in (("build", bundle, "--list"), ("inspect", bundle)):
+        code, out, _ = call(monkeypatch, capsys, *command, "--json")
+        assert (code, json.loads(out)["engines"]) == (0, [built])
+    code, _, err = call(monkeypatch, capsys, "build", bundle, *BUILD, "--dtype", "float16")
+    assert (code, "--force" in err) == (2, True)
+    assert [path.name for path in (bundle / "engines").iterdir()] == [built["key"]]
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--compute-capability", "8.7"), "expected any of"),
+        (("--max-context", "513"), "the model has positions for 512"),
+    ],
+)
+def test_what_cannot_be_built_leaves_nothing(
+    fixed_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, str],
+    message: str,
+) -> None:
+    bundle = shutil.copytree(fixed_bundle, tmp_path / "bundle")
+    code, _, err = call(monkeypatch, capsys, "build", bundle, *BUILD, *options)
+    assert (code, message in err) == (2, True), err
+    assert not (bundle / "engines").is_dir() or not list((bundle / "engines").iterdir())
