@@ -6,21 +6,20 @@ Shape letters: E any leading dimensions, O output and I input channels, b blocks
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from runtimes.errors import BackendError
 
-_BLOCKED = (ir.DataType.INT4, ir.DataType.UINT8)  # what TensorRT dequantizes in blocks; uint8 here is int4, two a byte
+_ENDS = ("start", "end", "axis")  # inputs of Slice
 
 
 def lower_quantized(model: ir.Model, dtype: ir.DataType) -> None:
     """Rewrites every DequantizeLinear of a matrix; scales get dtype.
 
     int4 stays in blocks. int8 and float8 get one scale a row: TensorRT knows no blocks of them, and one axis only. Raises
-    BackendError where that cannot be.
+    BackendError for scales that the graph computes.
     """
     for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         if node.op_type == "DequantizeLinear" and _is_picked(node):
@@ -81,63 +80,75 @@ def _stored(value: ir.Value | None) -> ir.Value:
 
 def _dequantized(model: ir.Model, node: ir.Node, values: ir.Value, scales: ir.Value, dtype: ir.DataType) -> ir.Value:
     """The matrix [E, O, I] as floats, computed once at the head of the graph."""
-    tensor: ir.ExternalTensor = values.const_value
+    graph, block_size = model.graph, _block_size(node)
     levels = np.asarray(scales.const_value.numpy())  # [E, O, b]
-    *lead, channels = (int(dim) for dim in tensor.shape)
-    attributes: dict[str, int] = {}
-    if tensor.dtype in _BLOCKED:
-        channels *= 2 if tensor.dtype == ir.DataType.UINT8 else 1
-        kind, shape, attributes = ir.DataType.INT4, [*lead, channels], {"axis": -1, "block_size": _block_size(node)}
-    else:
-        kind, attributes = tensor.dtype, {"axis": 0}
-        shape, levels = _by_channel(values, [math.prod(lead), channels], levels, _block_size(node))
-    graph = model.graph
-    stored = ir.Value(name=f"{values.name}.constant", shape=ir.Shape(shape), type=ir.TensorType(kind))
-    stored.const_value = ir.ExternalTensor(
-        tensor.location,
-        tensor.offset,
-        tensor.length,
-        kind,
-        shape=ir.Shape(shape),
-        name=stored.name,
-        base_dir=tensor.base_dir,
-    )
-    of_scales = levels.astype(dtype.numpy())
-    scale = ir.Value(name=f"{scales.name}.constant", shape=ir.Shape(of_scales.shape), type=ir.TensorType(dtype))
-    scale.const_value = ir.tensor(of_scales, dtype=dtype, name=scale.name)
-    for value in (stored, scale):
-        graph.initializers[value.name or ""] = value
+    kind, shape = values.const_value.dtype, [int(dim) for dim in values.const_value.shape]
+    if kind == ir.DataType.UINT8:
+        kind, shape[-1] = ir.DataType.INT4, 2 * shape[-1]
+    in_blocks = [*shape[:-1], levels.shape[-1] * block_size]
+    attributes = {"axis": 0}
+    if kind == ir.DataType.INT4:
+        attributes, whole, stored_as = {"axis": -1, "block_size": block_size}, in_blocks, in_blocks
+    elif (levels == levels[..., :1]).all():
+        whole, stored_as, levels = shape, [math.prod(shape[:-1]), shape[-1]], levels[..., 0].flatten()
+    else:  # each block is a row
+        whole, stored_as, levels = in_blocks, [levels.size, block_size], levels.flatten()
+    tensor = _stored_levels(values.const_value, kind, shape, whole, stored_as)
+    stored = _initializer(graph, f"{values.name}.constant", tensor)
+    scale = _initializer(graph, f"{scales.name}.constant", ir.tensor(levels.astype(dtype.numpy()), dtype=dtype))
     new = [ir.node("DequantizeLinear", [stored, scale], attributes, name=f"{values.name}/dequantize")]
-    if shape != [*lead, channels]:
-        whole = ir.Value(
-            name=f"{values.name}.shape", shape=ir.Shape([len(lead) + 1]), type=ir.TensorType(ir.DataType.INT64)
-        )
-        whole.const_value = ir.tensor([*lead, channels], dtype=ir.DataType.INT64, name=whole.name)
-        graph.initializers[whole.name or ""] = whole
-        new.append(ir.node("Reshape", [new[0].outputs[0], whole], name=f"{values.name}/shape"))
+    if stored_as != whole:
+        to_whole = _integers(graph, f"{values.name}.shape", whole)
+        new.append(ir.node("Reshape", [new[-1].outputs[0], to_whole], name=f"{values.name}/shape"))
+    if whole != shape:
+        ends = [
+            _integers(graph, f"{values.name}.{name}", [at]) for name, at in zip(_ENDS, (0, shape[-1], -1), strict=True)
+        ]
+        new.append(ir.node("Slice", [new[-1].outputs[0], *ends], name=f"{values.name}/unpad"))
     result = new[-1].outputs[0]
-    result.name, result.type, result.shape = (
-        f"{values.name}.dequantized",
-        ir.TensorType(dtype),
-        ir.Shape([*lead, channels]),
-    )
+    result.name, result.type, result.shape = f"{values.name}.dequantized", ir.TensorType(dtype), ir.Shape(shape)
     graph.insert_before(graph[0], new)
     return result
 
 
-def _by_channel(
-    values: ir.Value, shape: list[int], levels: np.ndarray[Any, Any], block_size: int
-) -> tuple[list[int], np.ndarray[Any, Any]]:
-    """The shape [rows, I] in which every row of a matrix [E*O, I] has one scale, and these: rows are its channels where all blocks
-    of a channel have one scale, otherwise its blocks."""
-    if (levels == levels[..., :1]).all():
-        return shape, levels[..., 0].flatten()
-    if shape[1] % block_size:
-        raise BackendError(
-            f"{values.name}: {shape[1]} input channels in blocks of {block_size}, of which the last is shorter; TensorRT cannot "
-            'express that: quantize with a recipe whose matrices have block = "channel"'
-        )
-    return [shape[0] * (shape[1] // block_size), block_size], levels.flatten()
+def _stored_levels(
+    tensor: ir.ExternalTensor, kind: ir.DataType, shape: list[int], whole: list[int], stored_as: list[int]
+) -> ir.TensorProtocol:
+    """A matrix's levels as the bundle has them, only seen in another shape; where its last blocks are shorter (whole has more input
+    channels than shape), a copy with zeros after them: TensorRT knows whole blocks only."""
+    if whole != shape:
+        levels = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            kind,
+            shape=ir.Shape(shape),
+            name="",
+            base_dir=tensor.base_dir,
+        ).numpy()
+        padded = np.zeros(whole, levels.dtype)
+        padded[..., : shape[-1]] = levels
+        return ir.tensor(padded.reshape(stored_as), dtype=kind)
+    return ir.ExternalTensor(
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        kind,
+        shape=ir.Shape(stored_as),
+        name="",
+        base_dir=tensor.base_dir,
+    )
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    tensor.name = name
+    graph.initializers[name] = value
+    return value
+
+
+def _integers(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
+    return _initializer(graph, name, ir.tensor(numbers, dtype=ir.DataType.INT64))
 
 
 def _block_size(node: ir.Node) -> int:

@@ -1,0 +1,264 @@
+"""Engines from bundles: lowered graphs compute what the bundle does; TensorRT-RTX builds them without a GPU.
+
+Shape letters: B batch, S new tokens, C capacity of the cache, W its width, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from mythos_export import cli
+from mythos_export.build.lower import Lowered, lower
+from mythos_export.export import export_bundle
+from mythos_export.overloads import FEW_TOKENS, MANY_TOKENS
+from mythos_export.quantize import quantize_bundle
+from mythos_export.quantize.bundle import Text
+from runtimes import tensorrt_api
+from runtimes.backend import StepInput, StepOutput
+from runtimes.bundle import Graph, open_bundle
+from runtimes.engines import check, read_engine
+from runtimes.runner import Runner, load
+
+FORMS = (FEW_TOKENS, MANY_TOKENS)
+B, S, C = 2, 3, 40
+FLOATS = {"float32": np.float32, "float16": np.float16}
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+ATOL = {"float32": 2e-4, "float16": 0.1}
+RECIPES = ("int8", "int4", "w8a8", "int4,kv-int8")
+PROSE = "ROMEO.\nBut soft, what light through yonder window breaks? It is the east, and Juliet is the sun.\n" * 3
+
+
+class InOnnxruntime:
+    """A lowered graph in onnxruntime, fed with the weights that an engine would read."""
+
+    def __init__(self, lowered: Lowered, folder: Path, dtype: str) -> None:
+        path = folder / "lowered.onnx"  # beside the weights that its constants lie in
+        ir.save(lowered.model, path)
+        onnx.checker.check_model(path, full_check=True)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # compute as the graph says
+        self.session, self.dtype = onnxruntime.InferenceSession(path, options), FLOATS[dtype]
+        types = {value.name: value.type for value in self.session.get_inputs()}
+        self.names = [name for name in types if name not in lowered.weights]
+        self.weights = {name: tensor.numpy().astype(TYPES[types[name]]) for name, tensor in lowered.weights.items()}
+        path.unlink()
+
+    def run(self, step: StepInput) -> dict[str, np.ndarray]:
+        step = step._replace(past_kv=step.past_kv.astype(self.dtype))
+        feeds = {name: getattr(step, name) for name in self.names}
+        outputs = self.session.run(None, {**feeds, **self.weights})
+        return dict(zip((value.name for value in self.session.get_outputs()), outputs, strict=True))
+
+
+class Case(NamedTuple):
+    """A bundle, and a step of two sequences whose dead cache rows are NaN, and what the bundle makes of it."""
+
+    folder: Path
+    graph: Graph
+    step: StepInput
+    expected: StepOutput
+
+
+def case_of(folder: Path) -> Case:
+    with load(folder, native=False) as runner:
+        step = step_of(runner.graph)
+        return Case(folder, runner.graph, step, runner.run_step(step))
+
+
+def step_of(graph: Graph) -> StepInput:
+    rng = np.random.default_rng(0)
+    loops = np.array([4, 7]) if graph.loops is None else np.full(B, graph.loops)
+    past_len, slots = np.array([5, 17]), graph.slots(int(loops.max()))
+    past = np.full((slots, B, C, graph.cache_width), np.nan, np.float32)
+    for row, length in enumerate(past_len):
+        past[:, row, :length] = rng.standard_normal((slots, length, graph.cache_width)) * 0.5
+    ids = rng.integers(0, graph.vocab_size, (B, S))
+    return StepInput(ids, past_len, past, np.array([[0, 2], [1, 2]]), loops)
+
+
+@pytest.fixture(scope="session")
+def gqa_bundle(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("gqa") / "bundle"
+    export_bundle(shared / "checkpoints" / "small-gqa", target, loops=2)
+    return target
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "prose.jsonl"
+    path.write_text(json.dumps({"text": PROSE * 8}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def quantized(fixed_bundle: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A bundle by recipe."""
+    home = tmp_path_factory.mktemp("quantized")
+    for recipe in RECIPES:
+        quantize_bundle(fixed_bundle, home / recipe, recipe, text=Text(text, 4, 64) if recipe == "w8a8" else None)
+    return {recipe: home / recipe for recipe in RECIPES}
+
+
+# Lowering
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["fixed_bundle", "tiny_bundle", "gqa_bundle"])
+def test_a_lowered_graph_computes_what_the_bundle_does(request: pytest.FixtureRequest, kind: str, dtype: str) -> None:
+    case = case_of(request.getfixturevalue(kind))
+    for form in FORMS:
+        for old_parser in (False, True):
+            lowered = lower(case.folder, case.graph, dtype, form=form, old_parser=old_parser)
+            check_standard(lowered, old_parser)
+            check_outputs(InOnnxruntime(lowered, case.folder, dtype).run(case.step), case, dtype)
+
+
+def check_standard(lowered: Lowered, old_parser: bool) -> None:
+    """Standard operators, no branches, every matrix an input."""
+    nodes = list(ir.traversal.RecursiveGraphIterator(lowered.model.graph))
+    assert {node.domain for node in nodes} <= {""}
+    assert not [node for node in nodes if node.op_type == "If"]
+    assert not lowered.model.functions
+    assert lowered.model.opset_imports[""] == (17 if old_parser else 21)
+    inputs = {value.name for value in lowered.model.graph.inputs}
+    assert set(lowered.weights) <= inputs
+    assert {"embed", "recurrent.layers.0.ffn.gate_up.routed", "recurrent.layers.0.ffn.down.routed"} <= inputs
+    large = [value for value in lowered.model.graph.initializers.values() if value.const_value.nbytes >= 1 << 16]
+    assert not [value.name for value in large if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
+
+
+def check_outputs(outputs: dict[str, np.ndarray], case: Case, dtype: str) -> None:
+    expected, atol = case.expected, ATOL[dtype]
+    np.testing.assert_allclose(outputs["logits"], expected.logits, rtol=0, atol=atol)
+    np.testing.assert_allclose(outputs["new_kv"].astype(np.float32), expected.new_kv, rtol=0, atol=atol)
+    if dtype == "float32":
+        np.testing.assert_array_equal(outputs["exit_loop"], expected.exit_loop)
+    logits = outputs["logits"].astype(np.float64)
+    np.testing.assert_array_equal(outputs["next_token"], logits.argmax(-1))  # argmax takes the lowest of equals as well
+    largest = logits.max(-1, keepdims=True)
+    np.testing.assert_allclose(outputs["next_logprob"], -np.log(np.exp(logits - largest).sum(-1)), rtol=0, atol=1e-5)
+
+
+def test_dead_cache_rows_change_nothing(fixed_bundle: Path) -> None:
+    folder, graph = fixed_bundle, open_bundle(fixed_bundle)[1].graphs[0]
+    step = step_of(graph)
+    for form in FORMS:
+        session = InOnnxruntime(lower(folder, graph, "float32", form=form), folder, "float32")
+        with_nan, with_zeros = session.run(step), session.run(step._replace(past_kv=np.nan_to_num(step.past_kv)))
+        for name, output in with_nan.items():
+            np.testing.assert_array_equal(output, with_zeros[name], err_msg=f"{form} {name}")
+
+
+def test_of_equal_logits_the_lowest_id_is_the_next_token(fixed_bundle: Path) -> None:
+    graph = open_bundle(fixed_bundle)[1].graphs[0]
+    session = InOnnxruntime(lower(fixed_bundle, graph, "float32", form=MANY_TOKENS), fixed_bundle, "float32")
+    for name in session.weights:
+        session.weights[name] = np.zeros_like(session.weights[name])
+    outputs = session.run(step_of(graph))
+    assert not outputs["logits"].any()
+    assert not outputs["next_token"].any()
+    np.testing.assert_allclose(outputs["next_logprob"], -np.log(graph.vocab_size), rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_lowered_quantized_graph_predicts_as_the_bundle_does(quantized: dict[str, Path], recipe: str) -> None:
+    """Not to the last bit: engines round activations to -128 as well, keep the cache as floats and dequantize in their dtype."""
+    folder = quantized[recipe]
+    with load(folder, native=False) as runner:
+        step, graph = first_step(runner, PROSE), runner.graph
+        expected = runner.run_step(step)
+    for form in FORMS:
+        lowered = lower(folder, graph, "float32", form=form)
+        past = np.zeros(step.past_kv.shape, np.float32)
+        outputs = InOnnxruntime(lowered, folder, "float32").run(step._replace(past_kv=past))
+        assert kl_mean(expected.logits, outputs["logits"]) < 0.01, form
+
+
+def first_step(runner: Runner, text: str) -> StepInput:
+    """A whole text at once, nothing before it."""
+    graph, ids = runner.graph, np.array([runner.encode(text)])
+    loops = np.full(1, graph.loops)
+    past = np.zeros((graph.slots(int(loops[0])), 1, 1, graph.cache_width), graph.cache_dtype)
+    scale = np.ones(past.shape[:-1], np.float32) if graph.cache_dtype == "int8" else None
+    return StepInput(ids, np.zeros(1, np.int64), past, np.arange(ids.shape[1])[None], loops, scale)
+
+
+def kl_mean(of: np.ndarray, other: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence, in nats, of what logits [..., V] predict."""
+    logs = [
+        logits - np.log(np.exp(logits).sum(-1, keepdims=True)) for logits in (of.astype(float), other.astype(float))
+    ]
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
+
+
+# TensorRT-RTX
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["mythos-export", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0, *capsys.readouterr()
+
+
+@pytest.fixture
+def rtx() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds engines without a GPU")
+    tensorrt_api.find.cache_clear()
+
+
+BUILD = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--max-context", 256, "--max-seq", 16)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_build(
+    fixed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(fixed_bundle, tmp_path / "bundle")
+    code, out, err = call(monkeypatch, capsys, "build", bundle, *BUILD, "--dtype", "float16", "--json")
+    assert code == 0, err
+    built, (folder,) = json.loads(out), (bundle / "engines").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "engine.json", *(f"{form}.{kind}" for form in FORMS for kind in ("plan", "layers.json"))
+    }  # fmt: skip
+    check(folder, read_engine(folder), open_bundle(bundle)[1])
+    for command in (("build", bundle, "--list"), ("inspect", bundle)):
+        code, out, _ = call(monkeypatch, capsys, *command, "--json")
+        assert (code, json.loads(out)["engines"]) == (0, [built])
+    code, _, err = call(monkeypatch, capsys, "build", bundle, *BUILD, "--dtype", "float16")
+    assert (code, "--force" in err) == (2, True)
+    assert [path.name for path in (bundle / "engines").iterdir()] == [built["key"]]
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--compute-capability", "8.7"), "expected any of"),
+        (("--max-context", "513"), "the model has positions for 512"),
+    ],
+)
+def test_what_cannot_be_built_leaves_nothing(
+    fixed_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, str],
+    message: str,
+) -> None:
+    bundle = shutil.copytree(fixed_bundle, tmp_path / "bundle")
+    code, _, err = call(monkeypatch, capsys, "build", bundle, *BUILD, *options)
+    assert (code, message in err) == (2, True), err
+    assert not (bundle / "engines").is_dir() or not list((bundle / "engines").iterdir())
