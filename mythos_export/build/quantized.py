@@ -116,28 +116,18 @@ def _stored_levels(
 ) -> ir.TensorProtocol:
     """A matrix's levels as the bundle has them, only seen in another shape; where its last blocks are shorter (whole has more input
     channels than shape), a copy with zeros after them: TensorRT knows whole blocks only."""
-    if whole != shape:
-        levels = ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            kind,
-            shape=ir.Shape(shape),
-            name="",
-            base_dir=tensor.base_dir,
-        ).numpy()
-        padded = np.zeros(whole, levels.dtype)
-        padded[..., : shape[-1]] = levels
-        return ir.tensor(padded.reshape(stored_as), dtype=kind)
-    return ir.ExternalTensor(
-        tensor.location,
-        tensor.offset,
-        tensor.length,
-        kind,
-        shape=ir.Shape(stored_as),
-        name="",
-        base_dir=tensor.base_dir,
-    )
+    if whole == shape:
+        return _seen_as(tensor, kind, stored_as)
+    levels = _seen_as(tensor, kind, shape).numpy()
+    padded = np.zeros(whole, levels.dtype)
+    padded[..., : shape[-1]] = levels
+    return ir.tensor(padded.reshape(stored_as), dtype=kind)
+
+
+def _seen_as(tensor: ir.ExternalTensor, kind: ir.DataType, shape: list[int]) -> ir.ExternalTensor:
+    """The same bytes of the bundle as another type and shape."""
+    where = (tensor.location, tensor.offset, tensor.length)
+    return ir.ExternalTensor(*where, kind, shape=ir.Shape(shape), name="", base_dir=tensor.base_dir)
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
