@@ -6,6 +6,7 @@ Shape letters: B batch, S new tokens, C capacity of the cache, W its width, V vo
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -222,6 +223,19 @@ def rtx() -> None:
 BUILD = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--max-context", 256, "--max-seq", 16)
 
 
+def check_layers(folder: Path, expert_dim: int, dim: int) -> None:
+    """In the plan for few tokens, chosen experts are read by the kernels that multiply with them: no layer hands on what was gathered,
+    and none only casts or reorders."""
+    layers = json.loads((folder / "few_tokens.layers.json").read_text())["Layers"]
+    kinds = {kind.lower() for layer in layers for kind in re.findall(r"LayerType: (\w+)", layer)}
+    assert not kinds & {"cast", "reformat", "reorder"}
+    reads = [layer for layer in layers if ".routed," in layer.partition("Outputs:")[0]]
+    assert reads
+    for layer in reads:
+        for shape in re.findall(r"Dimensions: \[([-\d,]*)\]", layer.partition("Outputs:")[2]):
+            assert not shape.endswith((f",{2 * expert_dim},{dim}", f",{dim},{expert_dim}")), layer
+
+
 @pytest.mark.usefixtures("rtx")
 def test_build(
     fixed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -234,6 +248,7 @@ def test_build(
         "engine.json", *(f"{form}.{kind}" for form in FORMS for kind in ("plan", "layers.json"))
     }  # fmt: skip
     check(folder, read_engine(folder), open_bundle(bundle)[1])
+    check_layers(folder, open_bundle(bundle)[1].model["loop_layers"][0]["feed_forward"]["expert_dim"], dim=128)
     for command in (("build", bundle, "--list"), ("inspect", bundle)):
         code, out, _ = call(monkeypatch, capsys, *command, "--json")
         assert (code, json.loads(out)["engines"]) == (0, [built])
