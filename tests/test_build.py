@@ -114,12 +114,14 @@ def quantized(fixed_bundle: Path, text: Path, tmp_path_factory: pytest.TempPathF
 # Lowering
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("kind", ["fixed_bundle", "tiny_bundle", "gqa_bundle"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("fixed_bundle", "float32"), ("tiny_bundle", "float32"), ("tiny_bundle", "float16"), ("gqa_bundle", "float32")],
+)
 def test_a_lowered_graph_computes_what_the_bundle_does(request: pytest.FixtureRequest, kind: str, dtype: str) -> None:
     case = case_of(request.getfixturevalue(kind))
     for form in FORMS:
-        for old_parser in (False, True):
+        for old_parser in (False, True) if dtype == "float32" else (False,):
             lowered = lower(case.folder, case.graph, dtype, form=form, old_parser=old_parser)
             check_standard(lowered, old_parser)
             check_outputs(InOnnxruntime(lowered, case.folder, dtype).run(case.step), case, dtype)
