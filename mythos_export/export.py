@@ -243,10 +243,8 @@ def attach_functions(model: ir.Model) -> None:
         if node.op_identifier() in model.functions:
             continue
         engine = [overload for overload in operator.functions if overload not in (PORTABLE, DEQUANTIZED)]
-        for overload in (
-            *engine,
-            node.overload,
-        ):  # its own last: onnx's evaluator knows no overloads and takes the last
+        # Its own last: onnx's evaluator knows no overloads and takes the last.
+        for overload in (*engine, node.overload):
             function = ir.serde.deserialize_function(operator.functions[overload])
             model.functions[function.identifier()] = function
     model.opset_imports[ops.DOMAIN] = ops.DOMAIN_VERSION

@@ -33,7 +33,7 @@ def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
         "cache_bytes_per_token": footprint.cache_bytes(config, loops, 1, graph.cache_dtype),
         "loops": loops,
         "bytes": sum(entry.size for entry in manifest.files.values()),
-        "engines": engine_summaries(folder),
+        "engines": engine_summaries(folder, manifest),
         **plain,
     }
 

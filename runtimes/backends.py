@@ -97,9 +97,9 @@ def _candidates(kinds: tuple[str, ...], folder: Path, key: str | None) -> list[t
     return named
 
 
-def _preference(engine: Engine | BundleError, manifest: Manifest) -> tuple[bool, bool, int, bool, bool]:
-    """Sound ones first; then the dtype the bundle was exported for, the fastest of the others, plain TensorRT, CUDA graphs."""
+def _preference(engine: Engine | BundleError, manifest: Manifest) -> tuple[bool, bool, int, bool]:
+    """Sound ones first; then the dtype the bundle was exported for, the fastest of the others, plain TensorRT."""
     if isinstance(engine, BundleError):
-        return True, True, 0, True, True
+        return True, True, 0, True
     own = manifest.graphs[0].dtype
-    return False, engine.dtype != own, _SPEED.index(engine.dtype), engine.backend != "tensorrt", not engine.cuda_graph
+    return False, engine.dtype != own, _SPEED.index(engine.dtype), engine.backend != "tensorrt"

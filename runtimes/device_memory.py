@@ -13,6 +13,7 @@ from runtimes import cuda
 from runtimes.bundle import Graph
 from runtimes.dtypes import STORAGE
 from runtimes.engines import Engine, Range
+from runtimes.step_tensors import side_by_side, state_tensors
 
 BUCKET = 256  # rows by which a cache grows: attention reads all of them, a graph is captured anew at each
 
@@ -93,7 +94,9 @@ def plan_memory(engine: Engine, graph: Graph, batch: int, context: int, longest_
     layout = CacheLayout.of(engine, graph)
     slots = graph.slots(graph.loops or graph.default_loops)
     rows = min(longest_step, context)
-    logits = 4 * batch * graph.vocab_size
+    integers = STORAGE[engine.integers]
+    inputs_and_outputs = 4 * batch * graph.vocab_size + 64 * batch * rows
+    _, state = side_by_side(state_tensors(batch, rows, engine.dim, integers))
     return DeviceMemory(
         batch,
         context,
@@ -101,6 +104,6 @@ def plan_memory(engine: Engine, graph: Graph, batch: int, context: int, longest_
         sum(plan.size for plan in engine.plans),
         max(plan.activation_bytes for plan in engine.plans),
         layout.bytes(slots, batch, layout.capacity(context)),
-        layout.bytes(slots, batch, rows) + logits + 64 * batch * rows,
+        slots * cuda.aligned(layout.bytes(1, batch, rows)) + inputs_and_outputs + state,
         free,
     )

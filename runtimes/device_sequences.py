@@ -10,7 +10,8 @@ import numpy as np
 from runtimes import cuda
 from runtimes.backend import Array, Int64, Likeliest, Logits, NewTokens, StopSignal
 from runtimes.errors import BackendError
-from runtimes.tensorrt_step import Arrays, Executor, StepShape
+from runtimes.tensorrt_stages import StepShape
+from runtimes.tensorrt_step import Arrays, Executor
 
 
 class DeviceSequences:
@@ -39,11 +40,12 @@ class DeviceSequences:
         """Of the cache, in device memory. Raises BackendError once closed."""
         return self._open_buffer().address
 
-    def fill(self, rows: Array) -> None:
-        """Replaces the cache's first rows by those given, [slots, B, rows, W]; length stays as it is."""
+    def fill(self, rows: Array, length: Int64) -> None:
+        """Replaces the cache by the first length[b] of rows [slots, B, rows, W]; the sequences' length stays as it is."""
         slots, batch, count, width = rows.shape
         padded = np.zeros((slots, batch, self._capacity, width), dtype=rows.dtype)
-        padded[:, :, :count] = rows
+        live = np.arange(count) < length[:, None]
+        padded[:, :, :count] = np.where(live[..., None], rows, np.zeros((), rows.dtype))
         self._executor.stream.upload(self.address, padded)
 
     def step(self, new: NewTokens, stop: StopSignal) -> Logits:
@@ -60,7 +62,8 @@ class DeviceSequences:
     def _step(self, new: NewTokens, stop: StopSignal, *, greedy: bool) -> Arrays:
         batch, seq = new.ids.shape
         with self._executor.lock:
-            shape = StepShape(batch, seq, self._capacity, self._slots, new.positions.shape[1])
+            k, loops = new.positions.shape[1], int(new.n_loops.max())
+            shape = StepShape(batch, seq, self._capacity, k, self._slots, loops)
             values = {
                 "input_ids": new.ids,
                 "past_len": self._length,
@@ -68,28 +71,28 @@ class DeviceSequences:
                 "n_loops": new.n_loops,
             }
 
-            def append(new_rows: int) -> None:
-                self._append(new_rows, seq, new.counts)
+            def append(new_rows: int, slot_stride: int) -> None:
+                self._append(new_rows, slot_stride, seq, new.counts)
 
             address = self.address
             out = self._executor.run(shape, address, values, greedy=greedy, stop=stop, then=append)
             self._length = self._length + new.counts
             return out
 
-    def _append(self, new_rows: int, seq: int, counts: Int64) -> None:
-        """Copies the first counts[b] of new_rows [slots, B, S, W] behind sequence b's, on the stream."""
+    def _append(self, new_rows: int, slot_stride: int, seq: int, counts: Int64) -> None:
+        """Copies the first counts[b] of each slot's new rows [B, S, W] behind sequence b's, on the stream."""
         self._reserve(int((self._length + counts).max()))
         target, row, stream = self.address, self._layout.row_bytes, self._executor.stream
         batch, capacity, slots = len(counts), self._capacity, self._slots
         length, count = self._length.tolist(), counts.tolist()
-        if len(set(length)) == len(set(count)) == 1:
+        if slot_stride == batch * seq * row and len(set(length)) == len(set(count)) == 1:
             # One copy for all: from sequence to sequence and from slot to slot it is equally far.
             to, width = target + length[0] * row, count[0] * row
             stream.copy_rows(to, capacity * row, new_rows, seq * row, width, slots * batch)
             return
         for b in range(batch):
             to, source = target + (b * capacity + length[b]) * row, new_rows + b * seq * row
-            stream.copy_rows(to, batch * capacity * row, source, batch * seq * row, count[b] * row, slots)
+            stream.copy_rows(to, batch * capacity * row, source, slot_stride, count[b] * row, slots)
 
     def keep(self, rows: list[int]) -> None:
         """Drops all sequences but these."""

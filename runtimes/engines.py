@@ -7,11 +7,15 @@ reaches TensorRT before it was compared (deserializing a foreign plan runs code 
 Engines hold no float weights: each is an input of the network, which the runner binds to memory it uploads once from the bundle's
 weights, shared by all plans. Quantized matrices are constants inside the plans.
 
-A plan is an inference graph over one step, inputs and outputs named as in StepInput and StepOutput, with `next_token` [B, k] (the
-largest logit's id, the lowest among equals) and `next_logprob` [B, k] float32 (its natural log-probability) beside them, and an
-input for every Weight. Its cache is past_kv [slots, B, C, W] with all C rows read under a mask.
+A step runs plans one after another: the prelude's, the loop's as often as there are loops, the coda's. Inputs and outputs are
+named as in StepInput and StepOutput, and there is an input for every Weight a stage reads. prelude: input_ids, past_len -> e
+[B, S, D]. loop: STATE (h, result [B, S, D] float32, halted_mass [B, S, 1] float32, exit_loop [B, S, 1]), e, past_len, loop [] (its
+number, from 0), n_loops [B] -> the next state, each named with NEXT before it. coda: result, past_len, logit_positions [B, k] ->
+logits, next_token [B, k] (the largest logit's id, the lowest among equals), next_logprob [B, k] float32 (its natural logarithm).
+Each attention layer of a stage, counted from 0, reads a cache past_kv.N [B, C, W] and returns new_kv.N [B, S, W]. All C rows are
+read under a mask: rows at or past past_len change nothing, but must be finite numbers.
 
-Shape letters: B batch, C capacity of the cache, W its width, k logit positions.
+Shape letters: B batch, S new tokens, D dim, C capacity of the cache, W its width, k logit positions.
 """
 
 from __future__ import annotations
@@ -24,11 +28,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from runtimes import tensorrt_api
-from runtimes.bundle import Manifest, open_bundle
+from runtimes.bundle import Manifest
 from runtimes.errors import BundleError
 from runtimes.folder_writer import FolderWriter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What a loop is given and hands on: the state, the result so far, halting probability so far, loops run while not halted.
+STATE = ("h", "result", "halted_mass", "exit_loop")
+STAGES = ("prelude", "loop", "coda")  # in the order they run
+NEXT = "next_"  # before each of STATE, as a loop returns it
+PAST_KV, NEW_KV = "past_kv.", "new_kv."  # before the number, within a stage, of an attention layer
 FOLDER = "engines"  # of a bundle
 METADATA = "engine.json"
 _METADATA_LIMIT = 64 * 2**20  # bytes; engine.json is some 100 KB
@@ -52,14 +61,13 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An optimization profile: "decode" (one new token) or "prefill". Ranges of the dimensions B (batch), new tokens (seq), C
-    (capacity), slots, and logit positions (k)."""
+    """An optimization profile: "decode" (one new token) or "prefill". Ranges of the dimensions B (batch), S (seq), C (capacity) and
+    k."""
 
     name: Literal["decode", "prefill"]
     batch: Range
     seq: Range
     capacity: Range
-    slots: Range
     k: Range
 
 
@@ -89,12 +97,14 @@ class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One serialized engine file.
 
-    form: "few_tokens" gathers the chosen experts of each token, "many_tokens" computes all experts; a model without experts has the
-    latter only. max_tokens: most new tokens (batch × seq) of a step it is meant for; None where only its profiles limit it.
-    profiles: in the engine's order. layers: file of the layer report. activation_bytes: device memory of one execution context.
+    stage: what of a step it computes. form: "few_tokens" gathers the chosen experts of each token, "many_tokens" computes all
+    experts; a model without experts has the latter only. max_tokens: most new tokens (batch × seq) of a step it is meant for; None
+    where only its profiles limit it. profiles: in the engine's order. All three are the same in the stages of a form. layers: file
+    of the layer report. activation_bytes: device memory of one execution context.
     """
 
     file: str
+    stage: Literal["prelude", "loop", "coda"]
     form: Literal["few_tokens", "many_tokens"]
     max_tokens: Positive | None
     profiles: tuple[Profile, ...]
@@ -110,8 +120,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backend, version: the library ("tensorrt" or "tensorrt-rtx") and its version (major.minor.patch). device: the GPU's name, ""
     where it was built without one. compute_capabilities: like "9.0". graph_file, graph_sha256, weights_sha256: what of the bundle
     it was made from. dtype: of the matrix products; cache_dtype: of past_kv and new_kv. integers: dtype of all integer inputs and
-    outputs. host_inputs: inputs that TensorRT reads from host memory. cuda_graph: whether a step may be captured. build_seconds:
-    wall clock.
+    outputs. max_context: most tokens of a sequence. dim: D. build_seconds: wall clock.
     """
 
     format: Literal["mythos-engine"]
@@ -127,8 +136,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Dtype
     cache_dtype: Dtype
     integers: Literal["int32", "int64"]
-    host_inputs: tuple[str, ...]
-    cuda_graph: bool
+    max_context: Positive
+    dim: Positive
     weights: tuple[Weight, ...]
     plans: tuple[Plan, ...]
     build_seconds: float
@@ -161,14 +170,13 @@ def list_engines(folder: Path) -> list[tuple[Path, Engine | BundleError]]:
     return engines
 
 
-def engine_summaries(bundle: str | Path) -> list[dict[str, Any]]:
-    """What a user wants to know of a bundle's engines: key, library, GPU, dtype, limits, size; or "problem", why one cannot be
-    used. Raises BundleError for a damaged bundle."""
-    folder, manifest = open_bundle(bundle)
-    return [_summary(path, engine, manifest) for path, engine in list_engines(folder)]
+def engine_summaries(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Of all engines of a bundle, see engine_summary. Raises BundleError where engines/ is a link."""
+    return [engine_summary(path, engine, manifest) for path, engine in list_engines(folder)]
 
 
-def _summary(path: Path, engine: Engine | BundleError, manifest: Manifest) -> dict[str, Any]:
+def engine_summary(path: Path, engine: Engine | BundleError, manifest: Manifest) -> dict[str, Any]:
+    """What a user wants to know of an engine: key, library, GPU, dtype, limits, size; or "problem", why it cannot be used."""
     if isinstance(engine, BundleError):
         return {"key": path.name, "problem": str(engine)}
     problem: str | None = None
@@ -177,6 +185,7 @@ def _summary(path: Path, engine: Engine | BundleError, manifest: Manifest) -> di
     except BundleError as error:
         problem = str(error)
     profiles = [profile for plan in engine.plans for profile in plan.profiles]
+    forms = sorted({plan.form for plan in engine.plans})
     return {
         "key": path.name,
         "problem": problem,
@@ -187,9 +196,8 @@ def _summary(path: Path, engine: Engine | BundleError, manifest: Manifest) -> di
         "dtype": engine.dtype,
         "max_batch": max(profile.batch.max for profile in profiles),
         "max_seq": max(profile.seq.max for profile in profiles),
-        "max_context": min(profile.capacity.max for profile in profiles),
-        "cuda_graph": engine.cuda_graph,
-        "plans": {plan.form: plan.size for plan in engine.plans},
+        "max_context": engine.max_context,
+        "plans": {form: sum(plan.size for plan in engine.plans if plan.form == form) for form in forms},
         "activation_bytes": max(plan.activation_bytes for plan in engine.plans),
         "build_seconds": engine.build_seconds,
     }
@@ -232,11 +240,13 @@ def _check_consistent(path: Path, engine: Engine) -> None:
         part
         for plan in engine.plans
         for profile in plan.profiles
-        for part in (profile.batch, profile.seq, profile.capacity, profile.slots, profile.k)
+        for part in (profile.batch, profile.seq, profile.capacity, profile.k)
     ]
-    forms = [plan.form for plan in engine.plans]
+    forms = {(plan.form, plan.max_tokens, plan.profiles) for plan in engine.plans}
+    made = sorted((form, stage) for form, _, _ in forms for stage in STAGES)
     facts = (
-        (forms in (["many_tokens"], ["few_tokens", "many_tokens"], ["many_tokens", "few_tokens"]), "its plans' forms"),
+        ("many_tokens" in {form for form, _, _ in forms}, "it has no plans for many tokens"),
+        (sorted((plan.form, plan.stage) for plan in engine.plans) == made, "its plans' stages"),
         (all(plan.profiles for plan in engine.plans), "a plan without profiles"),
         (all(part.min <= part.opt <= part.max for part in ranges), "a range that is none"),
         (len({weight.name for weight in engine.weights}) == len(engine.weights), "a weight named twice"),

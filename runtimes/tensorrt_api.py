@@ -24,10 +24,8 @@ _REMEDIES = {
 # How plans begin: TensorRT's as NVIDIA's trtexec (open source) checks it, TensorRT-RTX's as version 1.7 writes it.
 _PLAN_TAGS = {"tensorrt": b"ftrt", "tensorrt-rtx": b"vtrt"}
 _ARITHMETIC = ("ELEMENTWISE", "UNARY", "REDUCE", "SOFTMAX", "ACTIVATION")
-_LAYER_REPORT = (
-    "Layers:\n",
-    "Engine Layer Information:\n",
-)  # how the message of a builder on the layers of an engine begins
+# How the message of a builder on the layers of an engine begins.
+_LAYER_REPORT = ("Layers:\n", "Engine Layer Information:\n")
 _log = logging.getLogger("mythos_export.tensorrt")
 
 
@@ -100,23 +98,28 @@ class TensorRT:
             return
         config.set_tactic_sources(0)  # no kernels of cuBLAS or cuDNN, so that neither need be there
         config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
-        floats, kinds = (module.DataType.FLOAT, module.DataType.HALF), set()
-        # What only moves numbers is left alone: constraints there contradict each other.
-        arithmetic = [getattr(module.LayerType, name) for name in _ARITHMETIC]
-        for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        layers = [network.get_layer(index) for index in range(network.num_layers)]
+        for layer in layers:
             outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
-            kinds |= {output.dtype for output in outputs if output is not None}
-            if layer.type in arithmetic and all(output is not None and output.dtype in floats for output in outputs):
-                layer.precision = outputs[0].dtype
-                for index, output in enumerate(outputs):
-                    layer.set_output_type(index, output.dtype)
+            # What only moves numbers is left alone: constraints there contradict each other.
+            if layer.type in [getattr(module.LayerType, name) for name in _ARITHMETIC]:
+                self._hold_types(layer, outputs)
         # Matrix products of float16 graphs are all float16 (the others are written as sums), yet 8.6 finds no kernels without TF32.
-        if module.DataType.HALF in kinds:
+        if any(layer.get_output(0).dtype == module.DataType.HALF for layer in layers if layer.num_outputs):
             config.set_flag(flags.FP16)
         else:
             config.clear_flag(flags.TF32)
-        if module.LayerType.QUANTIZE in {network.get_layer(index).type for index in range(network.num_layers)}:
+        if any(layer.type == module.LayerType.QUANTIZE for layer in layers):
             config.set_flag(flags.INT8)
+
+    def _hold_types(self, layer: Any, outputs: list[Any]) -> None:
+        """A layer computes in the type of its results, and keeps them in it."""
+        floats = (self.module.DataType.FLOAT, self.module.DataType.HALF)
+        if any(output is None or output.dtype not in floats for output in outputs):
+            return
+        layer.precision = outputs[0].dtype
+        for index, output in enumerate(outputs):
+            layer.set_output_type(index, output.dtype)
 
     @property
     def n_ways(self) -> int:
@@ -262,8 +265,10 @@ def _logger(module: Any) -> Any:
         def layers_reported(self) -> Iterator[list[str]]:
             """Collects the lines, one a layer, in which a builder says what an engine is made of."""
             self._report = []
-            yield self._report
-            self._report = None
+            try:
+                yield self._report
+            finally:
+                self._report = None
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity, logging.DEBUG)

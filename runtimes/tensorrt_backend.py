@@ -23,7 +23,8 @@ from runtimes.dtypes import STORAGE, convert
 from runtimes.engines import Engine, Plan, Profile, check_source, read_plan
 from runtimes.errors import BundleError, InputError
 from runtimes.tensorrt_api import TensorRT
-from runtimes.tensorrt_step import Executor, StepShape
+from runtimes.tensorrt_stages import StepShape
+from runtimes.tensorrt_step import Executor
 
 _log = logging.getLogger("mythos_export")
 
@@ -63,7 +64,7 @@ class TensorRTBackend:
         self._profiles = [(plan, profile) for plan in engine.plans for profile in plan.profiles]
         self._cache_dtype, self._layout = engine.cache_dtype, CacheLayout.of(engine, self.graph)
         self._batches = [profile.batch for _, profile in self._profiles]
-        self.max_context = min(self.graph.max_seq_len, self._layout.capacities.max)
+        self.max_context = engine.max_context
         self.memory = self._planned(engine, request)
         self._open: weakref.WeakSet[DeviceSequences] = weakref.WeakSet()
         plans = [(plan, read_plan(engine_folder, engine, plan)) for plan in engine.plans]
@@ -89,9 +90,9 @@ class TensorRTBackend:
                 f"batch is {batch}; the engine {self.engine} takes {least} to {most}: run fewer at once, or build it again with "
                 f"`mythos-export build --max-batch {batch}`"
             )
-        if tokens > self._layout.capacities.max:
+        if tokens > self.max_context:
             raise InputError(
-                f"{tokens} tokens a sequence; the engine {self.engine} takes up to {self._layout.capacities.max}: shorten them, or "
+                f"{tokens} tokens a sequence; the engine {self.engine} takes up to {self.max_context}: shorten them, or "
                 f"build it again with `mythos-export build --max-context {tokens}`"
             )
 
@@ -125,15 +126,17 @@ class TensorRTBackend:
         with self._executor.lock:
             sequences = DeviceSequences(self._executor, batch, slots, rows)
             try:
-                sequences.fill(convert(step.past_kv, given, self._cache_dtype))
-                shape = StepShape(batch, seq, sequences.capacity, slots, k)
-                new_rows = np.empty(0, STORAGE[self._cache_dtype])
+                sequences.fill(convert(step.past_kv, given, self._cache_dtype), step.past_len)
+                n_loops = step.n_loops if self.graph.loops is None else np.full(batch, self.graph.loops)
+                shape = StepShape(batch, seq, sequences.capacity, k, slots, int(n_loops.max()))
+                new_rows = np.empty((slots, batch, seq, width), STORAGE[self._cache_dtype])
 
-                def download(address: int) -> None:
-                    nonlocal new_rows
-                    new_rows = self._executor.stream.download(address, new_rows.dtype, (slots, batch, seq, width))
+                def download(address: int, slot_stride: int) -> None:
+                    padded = self._executor.stream.download(address, np.uint8, (slots, slot_stride))
+                    new_rows[...] = padded[:, : new_rows[0].nbytes].view(new_rows.dtype).reshape(new_rows.shape)
 
-                values = {name: getattr(step, name) for name in ("input_ids", "past_len", "logit_positions", "n_loops")}
+                values = {name: getattr(step, name) for name in ("input_ids", "past_len", "logit_positions")}
+                values["n_loops"] = n_loops
                 out = self._executor.run(shape, sequences.address, values, greedy=False, stop=stop, then=download)
             finally:
                 sequences.close()

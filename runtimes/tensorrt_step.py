@@ -1,7 +1,7 @@
-"""One step of an engine on the GPU: which plan and profile, contexts, staging, CUDA graphs.
+"""One step of an engine on the GPU: which plans and profile, staging, CUDA graphs.
 
-A step is one copy to the device, the engine, one copy back, and one wait of the host. Decode steps whose shapes and addresses stay
-the same are captured as a CUDA graph, the two copies included, and replayed.
+A step is one copy to the device, the engine's stages, one copy back, and one wait of the host. Decode steps whose shapes and
+addresses stay the same are captured as a CUDA graph, all loops and the two copies included, and replayed.
 
 Shape letters: B batch, S new tokens, K positions with logits, C capacity and W width of the cache, V vocab_size.
 """
@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,31 +23,14 @@ from runtimes.bundle import Graph
 from runtimes.device_memory import CacheLayout
 from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import STORAGE
-from runtimes.engines import Engine, Plan, Profile
+from runtimes.engines import Engine, Plan
 from runtimes.errors import BackendError, InputError
+from runtimes.step_tensors import Tensor, side_by_side, state_tensors
 from runtimes.tensorrt_api import DeserializedPlan, TensorRT
+from runtimes.tensorrt_stages import REDUCED, Places, StageChain, StepShape
 
 Arrays = dict[str, NDArray[Any]]
-REDUCED = ("next_token", "next_logprob", "exit_loop")  # outputs of a greedy step, in front of the block copied back
-_STEP_TENSORS = (*REDUCED, "logits", "new_kv", "input_ids", "past_len", "past_kv", "logit_positions", "n_loops")
-
-
-class StepShape(NamedTuple):
-    """B, S, C, slots and K of a step."""
-
-    batch: int
-    seq: int
-    capacity: int
-    slots: int
-    k: int
-
-
-class Tensor(NamedTuple):
-    """An input or output of the engine."""
-
-    name: str
-    dtype: Any
-    shape: tuple[int, ...]
+Then = Callable[[int, int], None]  # is told where the new rows lie, and how far apart their slots
 
 
 class Staging:
@@ -72,7 +55,7 @@ class Staging:
 
 @dataclass
 class Binding:
-    """A context set up for steps of one shape over one cache.
+    """A chain set up for steps of one shape over one cache.
 
     key: shape, cache address and the staging's version it holds for. inputs, outputs: views of pinned memory. to_device, reduced,
     to_host: bytes to copy in, and back, for a greedy step or with logits. graphs: captured steps, by whether they are greedy.
@@ -80,6 +63,7 @@ class Binding:
     """
 
     key: tuple[StepShape, int, int]
+    places: Places
     inputs: Arrays
     outputs: Arrays
     to_device: int
@@ -88,25 +72,9 @@ class Binding:
     graphs: dict[bool, cuda.Graph] = field(default_factory=dict)
     steps: int = 0
 
-
-class PlanContext:
-    """An execution context for one profile of a plan; it never changes profiles. names: the plan's inputs and outputs."""
-
-    def __init__(self, plan: Plan, profile: Profile, context: Any, names: frozenset[str]) -> None:
-        self.plan, self.profile, self.context, self.names = plan, profile, context, names
-        self.binding: Binding | None = None
-
-    def takes(self, shape: StepShape) -> bool:
-        """Whether a step of this shape is within the plan's and the profile's limits."""
-        ranges = _ranges(self.profile)
-        few_enough = self.plan.max_tokens is None or shape.batch * shape.seq <= self.plan.max_tokens
-        return few_enough and all(size in part for size, part in zip(shape, ranges, strict=True))
-
-    def unbind(self) -> None:
-        if self.binding is not None:
-            for graph in self.binding.graphs.values():
-                graph.close()
-            self.binding = None
+    def close(self) -> None:
+        for graph in self.graphs.values():
+            graph.close()
 
 
 class Executor:
@@ -124,40 +92,33 @@ class Executor:
     ) -> None:
         self.lock = threading.RLock()
         self.stream, self.layout = stream, CacheLayout.of(engine, graph)
-        self._tensorrt, self._engine, self._graph, self._weights = tensorrt, engine, graph, weights
-        self._integers = STORAGE[engine.integers]
-        self._may_capture = engine.cuda_graph
+        self._graph, self._dim, self._integers = graph, engine.dim, STORAGE[engine.integers]
+        self._may_capture = True
         self._plans = plans  # contexts live by them
         self._event = cuda.Event()
         self._inputs, self._outputs = Staging("a step's input"), Staging("a step's output")
         self._new_rows = cuda.DeviceBuffer(cuda.ALIGNMENT, "new cache rows")
+        self._state = cuda.DeviceBuffer(cuda.ALIGNMENT, "the state between loops")
         self._staging_version = 0
-        activation_bytes = max(deserialized.activation_bytes for _, deserialized in plans)
-        self._activations = cuda.DeviceBuffer(activation_bytes, "activations")
-        few_first = sorted(plans, key=lambda pair: pair[0].form != "few_tokens")
-        self.contexts = [
-            self._new_context(plan, deserialized, index, profile)
-            for plan, deserialized in few_first
-            for index, profile in enumerate(plan.profiles)
+        self._loop_numbers = self._numbers(graph.max_loops)
+        self._activations = cuda.DeviceBuffer(max(plan.activation_bytes for _, plan in plans), "activations")
+        self._chains = [
+            StageChain(tensorrt, of_form, index, weights, self._activations, stream)
+            for of_form in ([pair for pair in plans if pair[0].form == form] for form in ("few_tokens", "many_tokens"))
+            if of_form
+            for index in range(len(of_form[0][0].profiles))
         ]
+        self._bindings: dict[StageChain, Binding] = {}
         self.closed = False
 
-    def _new_context(self, plan: Plan, deserialized: DeserializedPlan, index: int, profile: Profile) -> PlanContext:
-        context = deserialized.new_context(self._activations.address, self._activations.size, index, self.stream.handle)
-        place = PlanContext(plan, profile, context, deserialized.tensor_names)
-        unknown = place.names - {*self._weights.addresses, *_STEP_TENSORS}
-        missing = {*REDUCED, "logits", "new_kv"} - place.names
-        if unknown or missing:
-            what = f"wants {sorted(unknown)}" if unknown else f"lacks {sorted(missing)}"
-            raise BackendError(f"{plan.file} {what}, which engine.json does not explain; build the engine again")
-        for name, address in self._weights.addresses.items():
-            self._set_address(place, name, address)
-        return place
-
-    def _accept(self, accepted: bool, what: str) -> None:
-        if not accepted:
-            library = self._tensorrt
-            raise BackendError(f"{library.backend} {library.version} refuses {what}: {library.last_error}")
+    def _numbers(self, count: int) -> cuda.DeviceBuffer:
+        """0, 1, … where the loop reads its own number."""
+        apart = cuda.ALIGNMENT // np.dtype(self._integers).itemsize
+        numbers = np.zeros((count, apart), self._integers)
+        numbers[:, 0] = np.arange(count)
+        buffer = cuda.DeviceBuffer(numbers.nbytes, "loop numbers")
+        self.stream.upload(buffer.address, numbers)
+        return buffer
 
     def run(
         self,
@@ -167,28 +128,29 @@ class Executor:
         *,
         greedy: bool,
         stop: StopSignal,
-        then: Callable[[int], None] | None = None,
+        then: Then | None = None,
     ) -> Arrays:
         """Runs a step over a cache [slots, B, C, W] and returns outputs, without logits where greedy.
 
-        values: the other inputs. then: is told the device address of new_kv [slots, B, S, W] while the engine may still be running,
-        to put copies from there on the stream. Raises Cancelled where stop is set before (a step that runs cannot be stopped),
-        InputError for a shape outside all profiles, BackendError where the step fails.
+        values: the other inputs. then: is told the device address of the new rows (one slot after the other, each [B, S, W]) and
+        how many bytes their slots are apart, while the engine may still be running, to put copies from there on the stream. Raises
+        Cancelled where stop is set before (a step that runs cannot be stopped), InputError for a shape outside all profiles,
+        BackendError where the step fails.
         """
         with self.lock:
             if self.closed:
                 raise BackendError("the runner is closed; load the bundle again")
             if stop.is_set:
                 raise Cancelled
-            place = self._choose(shape)
-            binding = self._bind(place, shape, cache_address)
+            chain = self._choose(shape)
+            binding = self._bind(chain, shape, cache_address)
             for name, view in binding.inputs.items():
                 view[...] = values[name]
             try:
-                self._launch(place, binding, greedy)
+                self._launch(chain, binding, greedy)
                 self._event.record(self.stream)
                 if then is not None:
-                    then(self._new_rows.address)
+                    then(binding.places.new_rows, binding.places.row_stride)
             except BaseException:
                 with contextlib.suppress(BackendError):  # what went wrong is raised already
                     self.stream.synchronize()  # the staging must not be written while copies read it
@@ -197,74 +159,82 @@ class Executor:
             names = REDUCED if greedy else ("logits", "exit_loop")
             return {name: binding.outputs[name].copy() for name in names}
 
-    def _choose(self, shape: StepShape) -> PlanContext:
-        for place in self.contexts:
-            if place.takes(shape):
-                return place
+    def _choose(self, shape: StepShape) -> StageChain:
+        for chain in self._chains:
+            if chain.takes(shape):
+                return chain
+        sizes = shape.of_profile
         profiles = "; ".join(
-            f"{place.plan.form} {place.profile.name}: "
-            + ", ".join(
-                f"{name} {part.min} to {part.max}"
-                for name, part in zip(shape._fields, _ranges(place.profile), strict=True)
-            )
-            for place in self.contexts
+            f"{chain.plan.form} {chain.profile.name}: "
+            + ", ".join(f"{name} {part.min} to {part.max}" for name in sizes for part in [getattr(chain.profile, name)])
+            for chain in self._chains
         )
-        asked = ", ".join(f"{name} {size}" for name, size in shape._asdict().items())
+        asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(
             f"a step of {asked} is outside the engine's profiles ({profiles}); build it with larger --max-batch, --max-seq or "
             "--max-context"
         )
 
-    def _bind(self, place: PlanContext, shape: StepShape, cache_address: int) -> Binding:
-        if place.binding is not None and place.binding.key == (shape, cache_address, self._staging_version):
-            return place.binding
-        place.unbind()
+    def _bind(self, chain: StageChain, shape: StepShape, cache_address: int) -> Binding:
+        bound = self._bindings.get(chain)
+        if bound is not None and bound.key == (shape, cache_address, self._staging_version):
+            return bound
+        self._unbind(chain)
         inputs, outputs = self._tensors(shape)
-        input_offsets, to_device = _side_by_side(inputs)
-        output_offsets, to_host = _side_by_side(outputs)
-        self._reserve(to_device, to_host, self.layout.bytes(shape.slots, shape.batch, shape.seq))
-        self._set_shapes(place, shape, inputs)
-        for tensor in inputs:
-            at_host = tensor.name in self._engine.host_inputs
-            base = self._inputs.host.address if at_host else self._inputs.device.address
-            self._set_address(place, tensor.name, base + input_offsets[tensor.name])
-        for tensor in outputs:
-            address = self._outputs.device.address + output_offsets[tensor.name]
-            self._set_address(place, tensor.name, address)
-        self._set_address(place, "past_kv", cache_address)
-        self._set_address(place, "new_kv", self._new_rows.address)
-        place.binding = Binding(
+        state = state_tensors(shape.batch, shape.seq, self._dim, self._integers)
+        (input_at, to_device), (output_at, to_host), (state_at, state_bytes) = map(
+            side_by_side, (inputs, outputs, state)
+        )
+        row_stride = cuda.aligned(self.layout.bytes(1, shape.batch, shape.seq))
+        self._reserve(to_device, to_host, shape.slots * row_stride, state_bytes)
+        tensors = {name: self._inputs.device.address + at for name, at in input_at.items()}
+        tensors |= {name: self._outputs.device.address + at for name, at in output_at.items()}
+        places = Places(
+            cache_address,
+            self.layout.bytes(1, shape.batch, shape.capacity),
+            self._new_rows.address,
+            row_stride,
+            {name: self._state.address + at for name, at in state_at.items()},
+            self._loop_numbers.address,
+            tensors,
+        )
+        chain.set_shapes(shape, self._graph, self._dim)
+        chain.set_addresses(shape, self._graph, places)
+        self._bindings[chain] = Binding(
             (shape, cache_address, self._staging_version),
-            {t.name: self._inputs.host.array(t.dtype, t.shape, input_offsets[t.name]) for t in inputs},
-            {t.name: self._outputs.host.array(t.dtype, t.shape, output_offsets[t.name]) for t in outputs},
+            places,
+            {t.name: self._inputs.host.array(t.dtype, t.shape, input_at[t.name]) for t in inputs},
+            {t.name: self._outputs.host.array(t.dtype, t.shape, output_at[t.name]) for t in outputs},
             to_device,
-            output_offsets["logits"],
+            output_at["logits"],
             to_host,
         )
-        return place.binding
+        return self._bindings[chain]
 
-    def _reserve(self, to_device: int, to_host: int, new_rows: int) -> None:
+    def _unbind(self, chain: StageChain) -> None:
+        bound = self._bindings.pop(chain, None)
+        if bound is not None:
+            bound.close()
+
+    def _reserve(self, to_device: int, to_host: int, new_rows: int, state: int) -> None:
         """Makes room for a step. What was bound to smaller staging is bound anew when it is next used."""
-        before = self._inputs.device, self._outputs.device, self._new_rows
+        before = self._inputs.device, self._outputs.device, self._new_rows, self._state
         self._inputs.reserve(to_device)
         self._outputs.reserve(to_host)
-        if new_rows > self._new_rows.size:
-            larger = cuda.DeviceBuffer(new_rows, "new cache rows")
-            self._new_rows.close()
-            self._new_rows = larger
-        if before != (self._inputs.device, self._outputs.device, self._new_rows):
+        self._new_rows = _grown(self._new_rows, new_rows, "new cache rows")
+        self._state = _grown(self._state, state, "the state between loops")
+        if before != (self._inputs.device, self._outputs.device, self._new_rows, self._state):
             self._staging_version += 1
 
     def _tensors(self, shape: StepShape) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and outputs but for the weights and the cache, the logits last."""
+        """Inputs and outputs of a step but for the weights and the cache, the logits last."""
         batch, seq, k, integers = shape.batch, shape.seq, shape.k, self._integers
         inputs = [
             Tensor("input_ids", integers, (batch, seq)),
             Tensor("past_len", integers, (batch,)),
             Tensor("logit_positions", integers, (batch, k)),
+            Tensor("n_loops", integers, (batch,)),
         ]
-        if self._graph.loops is None:
-            inputs.append(Tensor("n_loops", integers, (batch,)))
         outputs = [
             Tensor("next_token", integers, (batch, k)),
             Tensor("next_logprob", np.float32, (batch, k)),
@@ -273,27 +243,18 @@ class Executor:
         ]
         return inputs, outputs
 
-    def _set_shapes(self, place: PlanContext, shape: StepShape, inputs: list[Tensor]) -> None:
-        cache = (shape.slots, shape.batch, shape.capacity, self._graph.cache_width)
-        for name, sizes in [*((tensor.name, tensor.shape) for tensor in inputs), ("past_kv", cache)]:
-            if name in place.names:
-                self._accept(place.context.set_input_shape(name, sizes), f"the shape {list(sizes)} of {name}")
+    def _launch(self, chain: StageChain, binding: Binding, greedy: bool) -> None:
+        shape = binding.key[0]
 
-    def _set_address(self, place: PlanContext, name: str, address: int) -> None:
-        if name in place.names:
-            self._accept(place.context.set_tensor_address(name, address), f"an address for {name}")
-
-    def _launch(self, place: PlanContext, binding: Binding, greedy: bool) -> None:
         def work() -> None:
             self.stream.copy_to_device(self._inputs.device.address, self._inputs.host.address, binding.to_device)
-            self._tensorrt.logger.last_error = ""
-            self._accept(place.context.execute_async_v3(self.stream.handle), "to run a step")
+            chain.enqueue(shape, self._graph, binding.places, self.stream)
             size = binding.reduced if greedy else binding.to_host
             self.stream.copy_to_host(self._outputs.host.address, self._outputs.device.address, size)
 
         graph = binding.graphs.get(greedy)
         # Only what came twice is worth capturing, and TensorRT wants one plain step of a shape first.
-        if graph is None and self._may_capture and place.profile.name == "decode" and binding.steps:
+        if graph is None and self._may_capture and chain.profile.name == "decode" and binding.steps:
             graph = self._captured(binding, greedy, work)
         if graph is not None:
             graph.launch()
@@ -314,21 +275,17 @@ class Executor:
         """Frees contexts and buffers; may be called again."""
         with self.lock:
             self.closed = True
-            for place in self.contexts:
-                place.unbind()
-            self.contexts, self._plans = [], []
-            for part in (self._inputs, self._outputs, self._new_rows, self._activations, self._event):
+            for chain in self._chains:
+                self._unbind(chain)
+            self._chains, self._plans = [], []
+            buffers = (self._new_rows, self._state, self._loop_numbers, self._activations)
+            for part in (self._inputs, self._outputs, *buffers, self._event):
                 part.close()
 
 
-def _ranges(profile: Profile) -> tuple[Any, ...]:
-    return profile.batch, profile.seq, profile.capacity, profile.slots, profile.k
-
-
-def _side_by_side(tensors: list[Tensor]) -> tuple[dict[str, int], int]:
-    """Offset of each, aligned, and the bytes of all."""
-    offsets, size = {}, 0
-    for tensor in tensors:
-        offsets[tensor.name] = size
-        size += cuda.aligned(int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize)
-    return offsets, size
+def _grown(buffer: cuda.DeviceBuffer, size: int, what: str) -> cuda.DeviceBuffer:
+    if size <= buffer.size:
+        return buffer
+    larger = cuda.DeviceBuffer(size, what)
+    buffer.close()
+    return larger

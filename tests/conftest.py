@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_cuda import FakeCuda
 from fake_engine import add_engine
-from fake_tensorrt import FakeCuda, FakeTensorRT
+from fake_tensorrt import FakeTensorRT
 
 from runtimes import backend as backend_module
 from runtimes import cuda, device_memory, tensorrt_api

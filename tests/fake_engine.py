@@ -1,25 +1,40 @@
-"""Engines for fake_tensorrt: a bundle's own graph, its weights turned into inputs, the choice of a token appended."""
+"""Engines for fake_tensorrt: the stages that a real engine is built from, in onnxruntime."""
 
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 from fake_tensorrt import make_plan
 
-from runtimes.bundle import Graph, open_bundle
+from runtimes.bundle import open_bundle
 from runtimes.dtypes import STORAGE
-from runtimes.engines import Engine, EngineWriter, Plan, Profile, Range, Weight, engine_key
+from runtimes.engines import (
+    FORMAT_VERSION,
+    NEXT,
+    STAGES,
+    Engine,
+    EngineWriter,
+    Plan,
+    Profile,
+    Range,
+    Weight,
+    engine_key,
+)
 from runtimes.folder_writer import FileEntry
 
 if TYPE_CHECKING:
     import onnx
 
 BATCH, SEQ = 4, 32  # most sequences, most tokens of a prefill step
-INTEGERS = ("input_ids", "past_len", "logit_positions", "n_loops", "exit_loop", "next_token")
+INTEGERS = (
+    "input_ids", "past_len", "logit_positions", "n_loops", "loop", "exit_loop", f"{NEXT}exit_loop", "next_token"
+)  # fmt: skip
+Dims = tuple[str | int, ...]
 
 
 def add_engine(
@@ -29,36 +44,37 @@ def add_engine(
     version: str = "8.6.1",
     device: str = "Fake GPU",
     capabilities: tuple[str, ...] = ("9.0",),
+    dtype: str = "float32",
     integers: str = "int32",
     few_tokens: int | None = 2,
     max_context: int | None = None,
-    cuda_graph: bool = True,
-    host_inputs: tuple[str, ...] = (),
     header: bytes | None = None,
 ) -> Path:
-    """Writes an engine of the bundle and returns its folder. few_tokens: max_tokens of a plan of that form, None for no such
-    plan."""
+    """Writes an engine of the bundle and returns its folder. few_tokens: max_tokens of plans of that form, None for no such
+    plans."""
     _, manifest = open_bundle(bundle)
     graph = manifest.graphs[0]
-    model, weights = lowered(bundle, graph, integers)
     forms = [("many_tokens", None)] if few_tokens is None else [("few_tokens", few_tokens), ("many_tokens", None)]
-    dtype = msgspec.structs.asdict(graph)["dtype"]
     key = engine_key(backend, version, capabilities, device, dtype)
-    plans = []
+    plans, weights = [], {}
     with EngineWriter(bundle, key) as writer:
         for form, most in forms:
-            profiles = _profiles(graph, form, max_context or graph.max_seq_len)
-            shapes = [_shapes(graph, profile) for profile in profiles]
-            data = make_plan(model.SerializeToString(), shapes, 4096, host_inputs)
-            entry = _write(writer, f"{form}.plan", data if header is None else header + data[len(header) :])
-            _write(writer, f"{form}.layers.json", b"[]")
-            plans.append(
-                Plan(f"{form}.plan", form, most, profiles, entry.size, entry.sha256, f"{form}.layers.json", 4096)
-            )
+            profiles = _profiles(form, max_context or graph.max_seq_len)
+            for name in STAGES:
+                stage = _stages(bundle, manifest.files[graph.file].sha256, dtype, form, integers)[name]
+                shapes = [_shapes(stage.inputs, profile) for profile in profiles]
+                data = make_plan(stage.model, shapes, 4096)
+                entry = _write(writer, f"{form}.{name}.plan", data if header is None else header + data[len(header) :])
+                _write(writer, f"{form}.{name}.layers.json", b"[]")
+                report = f"{form}.{name}.layers.json"
+                plans.append(
+                    Plan(f"{form}.{name}.plan", name, form, most, profiles, entry.size, entry.sha256, report, 4096)
+                )
+                weights.update({weight.name: weight for weight in stage.weights})
         writer.commit(
             Engine(
                 format="mythos-engine",
-                format_version=1,
+                format_version=FORMAT_VERSION,
                 producer="test",
                 backend=backend,
                 version=version,
@@ -68,11 +84,11 @@ def add_engine(
                 graph_sha256=manifest.files[graph.file].sha256,
                 weights_sha256={name: manifest.files[name].sha256 for name in graph.weights},
                 dtype=dtype,
-                cache_dtype=graph.cache_dtype,
+                cache_dtype=dtype,
                 integers=integers,
-                host_inputs=host_inputs,
-                cuda_graph=cuda_graph,
-                weights=weights,
+                max_context=max_context or graph.max_seq_len,
+                dim=manifest.model["dim"],
+                weights=tuple(weights.values()),
                 plans=tuple(plans),
                 build_seconds=0.0,
             )
@@ -86,40 +102,52 @@ def _write(writer: EngineWriter, name: str, data: bytes) -> FileEntry:
     return file.entry
 
 
-def lowered(bundle: Path, graph: Graph, integers: str) -> tuple[onnx.ModelProto, tuple[Weight, ...]]:
-    """The graph as an engine has it: weights are inputs, next_token and next_logprob outputs, integers of the given dtype."""
-    import onnx  # which a machine that runs real engines need not have
-    from onnx import TensorProto, external_data_helper, helper
+class _Stage(NamedTuple):
+    model: bytes
+    inputs: dict[str, Dims]  # but the weights
+    weights: tuple[Weight, ...]
 
-    names = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
-    model = onnx.load(bundle / graph.file, load_external_data=False)
-    weights = []
-    for tensor in list(model.graph.initializer):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        dtype = names[tensor.data_type]
-        size = int(np.prod(tensor.dims)) * np.dtype(STORAGE[dtype]).itemsize
-        weights.append(
-            Weight(tensor.name, where["location"], int(where.get("offset", 0)), size, dtype, dtype, tuple(tensor.dims))
-        )
-        model.graph.initializer.remove(tensor)
-        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    model.graph.node.extend(
-        [
-            helper.make_node("ArgMax", ["logits"], ["next_token"], axis=-1, keepdims=0),
-            helper.make_node("ArgMax", ["logits"], ["likeliest"], axis=-1, keepdims=1),
-            helper.make_node("LogSoftmax", ["logits"], ["logprobs"], axis=-1),
-            helper.make_node("GatherElements", ["logprobs", "likeliest"], ["logprob"], axis=-1),
-            helper.make_node("Constant", [], ["last_axis"], value_ints=[-1]),
-            helper.make_node("Squeeze", ["logprob", "last_axis"], ["next_logprob"]),
-        ]
-    )
-    model.graph.output.append(helper.make_tensor_value_info("next_token", TensorProto.INT64, ["batch", "k"]))
-    model.graph.output.append(helper.make_tensor_value_info("next_logprob", TensorProto.FLOAT, ["batch", "k"]))
-    if integers == "int32":
-        _narrow_integers(model.graph)
-    return model, tuple(weights)
+
+@cache
+def _lowered(bundle: Path, sha256: str, dtype: str, form: str) -> dict[str, tuple[onnx.ModelProto, tuple[Weight, ...]]]:
+    import onnx_ir as ir  # which a machine that runs real engines need not have
+
+    from mythos_export.build.lower import lower
+
+    graph = open_bundle(bundle)[1].graphs[0]
+    sizes = {"seq": 1, "k": 1} if form == "few_tokens" else {}
+    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+    stages = {}
+    for name, stage in lower(bundle, graph, dtype, form=form, sizes=sizes).items():
+        weights = []
+        for weight, tensor in stage.weights.items():
+            stored, shape = names[tensor.dtype], tuple(tensor.shape)
+            size = int(np.prod(shape)) * np.dtype(STORAGE[stored]).itemsize
+            given = next(value.dtype for value in stage.model.graph.inputs if value.name == weight)
+            weights.append(Weight(weight, str(tensor.location), tensor.offset or 0, size, stored, names[given], shape))
+        stages[name] = ir.to_proto(stage.model), tuple(weights)
+    return stages
+
+
+@cache
+def _stages(bundle: Path, sha256: str, dtype: str, form: str, integers: str) -> dict[str, _Stage]:
+    """The stages of a form; sha256: of the bundle's graph."""
+    import onnx
+
+    stages = {}
+    for name, (lowered, weights) in _lowered(bundle, sha256, dtype, form).items():
+        model = onnx.ModelProto()
+        model.CopyFrom(lowered)
+        if integers == "int32":
+            _narrow_integers(model.graph)
+        names = {weight.name for weight in weights}
+        inputs = {
+            value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            for value in model.graph.input
+            if value.name not in names
+        }
+        stages[name] = _Stage(model.SerializeToString(), inputs, weights)
+    return stages
 
 
 def _narrow_integers(graph: onnx.GraphProto) -> None:
@@ -131,7 +159,11 @@ def _narrow_integers(graph: onnx.GraphProto) -> None:
             continue
         inside = f"{value.name}_int64"
         of_input = value in list(graph.input)
-        _rename(graph, value.name, inside)
+        for node in graph.node:
+            for names in (node.input, node.output):
+                for index, name in enumerate(names):
+                    if name == value.name:
+                        names[index] = inside
         value.type.tensor_type.elem_type = TensorProto.INT32
         if of_input:
             graph.node.insert(0, helper.make_node("Cast", [value.name], [inside], to=TensorProto.INT64))
@@ -139,39 +171,21 @@ def _narrow_integers(graph: onnx.GraphProto) -> None:
             graph.node.append(helper.make_node("Cast", [inside], [value.name], to=TensorProto.INT32))
 
 
-def _rename(graph: onnx.GraphProto, before: str, after: str) -> None:
-    """Renames a value wherever nodes read or write it, bodies of loops included."""
-    for node in graph.node:
-        for names in (node.input, node.output):
-            for index, name in enumerate(names):
-                if name == before:
-                    names[index] = after
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _rename(attribute.g, before, after)
-
-
-def _profiles(graph: Graph, form: str, max_context: int) -> tuple[Profile, ...]:
-    least, most = graph.slots(graph.loops or 1), graph.slots(graph.loops or graph.max_loops)
-    batch, capacity, slots = Range(1, 1, BATCH), Range(1, min(256, max_context), max_context), Range(least, most, most)
-    one = Range(1, 1, 1)
-    decode = Profile("decode", batch, one, capacity, slots, one)
-    prefill = Profile("prefill", batch, Range(1, SEQ, SEQ), capacity, slots, Range(1, 1, SEQ))
+def _profiles(form: str, max_context: int) -> tuple[Profile, ...]:
+    batch, capacity, one = Range(1, 1, BATCH), Range(1, min(256, max_context), max_context), Range(1, 1, 1)
+    decode = Profile("decode", batch, one, capacity, one)
+    prefill = Profile("prefill", batch, Range(1, SEQ, SEQ), capacity, Range(1, 1, SEQ))
     return (decode,) if form == "few_tokens" else (decode, prefill)
 
 
-def _shapes(graph: Graph, profile: Profile) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    def span(*ranges: Range | int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        parts = [part if isinstance(part, Range) else Range(part, part, part) for part in ranges]
+def _shapes(inputs: dict[str, Dims], profile: Profile) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Least and largest shape of each input."""
+
+    def span(dims: Dims) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        parts = [Range(dim, dim, dim) if isinstance(dim, int) else getattr(profile, dim) for dim in dims]
         return tuple(part.min for part in parts), tuple(part.max for part in parts)
 
-    shapes = {
-        "input_ids": span(profile.batch, profile.seq),
-        "past_len": span(profile.batch),
-        "past_kv": span(profile.slots, profile.batch, profile.capacity, graph.cache_width),
-        "logit_positions": span(profile.batch, profile.k),
-    }
-    return shapes if graph.loops is not None else {**shapes, "n_loops": span(profile.batch)}
+    return {name: span(dims) for name, dims in inputs.items()}
 
 
 def flip(path: Path, at: int = 1000) -> None:

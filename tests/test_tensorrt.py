@@ -22,7 +22,7 @@ from runtimes.backend import Cancelled, StepInput
 from runtimes.errors import BackendError
 from runtimes.runner import Runner, load
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [400, 3, 77], list(range(100, 145)), [1]]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [400, 3, 77], list(range(100, 145)), [2]]
 
 
 # The same results as onnxruntime's

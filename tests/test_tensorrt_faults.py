@@ -12,8 +12,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from fake_cuda import cudaError_t
 from fake_engine import BATCH, SEQ, add_engine, flip, rehash, rewrite
-from fake_tensorrt import FakeTensorRT, cudaError_t
+from fake_tensorrt import FakeTensorRT
 
 from runtimes import cuda, device_memory
 from runtimes.backend import StepInput
@@ -21,7 +22,7 @@ from runtimes.engines import read_engine
 from runtimes.errors import BackendError, BundleError, InputError
 from runtimes.runner import Runner, load
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [400, 3, 77], list(range(100, 145)), [1]]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [400, 3, 77], list(range(100, 145)), [2]]
 
 
 # Memory

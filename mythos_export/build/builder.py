@@ -8,83 +8,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
+from mythos_export.build.lower import Lowered
+from mythos_export.build.options import Options
 from runtimes.engines import Profile
 from runtimes.errors import BackendError
 from runtimes.tensorrt_api import TensorRT
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
-# Dimensions of each input, by the ranges of a profile; None is taken from the graph.
-_DIMENSIONS: dict[str, tuple[str | None, ...]] = {
-    "input_ids": ("batch", "seq"),
-    "past_len": ("batch",),
-    "past_kv": ("slots", "batch", "capacity", None),
-    "logit_positions": ("batch", "k"),
-    "n_loops": ("batch",),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """workspace: bytes of device memory for scratch, None for all there is. optimization_level: 0 to 5, None for TensorRT's own.
-    compute_capabilities: what TensorRT-RTX builds for, like "8.9"; none for the GPU at hand."""
-
-    workspace: int | None = None
-    optimization_level: int | None = None
-    compute_capabilities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BuiltPlan:
     """plan: the serialized engine. layers: what the engine inspector says of it. activation_bytes: of a context, 0 where unknown.
-    host_inputs: inputs that TensorRT reads from host memory. timing_cache: to be given to the next build."""
+    timing_cache: to be given to the next build."""
 
     plan: bytes
     layers: dict[str, Any]
     activation_bytes: int
-    host_inputs: tuple[str, ...]
     timing_cache: bytes
 
 
 def build_plan(
     tensorrt: TensorRT,
-    model: bytes,
+    lowered: Lowered,
     folder: Path,
     profiles: tuple[Profile, ...],
     options: Options,
-    way: int = 0,
+    first_way: int = 0,
     timing_cache: bytes = b"",
     progress: Progress | None = None,
 ) -> BuiltPlan:
-    """Builds one plan from a serialized ONNX model, whose external data lies in folder. way: one of tensorrt.n_ways.
+    """Builds the plan of a stage, whose constants lie in folder, the first of tensorrt.n_ways that works from first_way on.
 
     Raises BackendError, with TensorRT's words, where it refuses the graph or finds no way to compute it.
     """
-    network, builder = _network(tensorrt, model, folder)
-    config = builder.create_builder_config()
+    model = ir.to_proto(lowered.model).SerializeToString()
+    for way in range(first_way, tensorrt.n_ways):
+        builder, network = _network(tensorrt, model, folder)
+        config = builder.create_builder_config()
+        cache = _configure(tensorrt, config, network, options, timing_cache)
+        for profile in profiles:
+            config.add_optimization_profile(_optimization_profile(builder, network, lowered, profile))
+        if progress is not None:
+            tensorrt.set_progress(config, progress)
+        tensorrt.choose_way(config, way)
+        with tensorrt.logger.layers_reported() as report:
+            plan = builder.build_serialized_network(network, config)
+        if plan is not None:
+            layers, activation_bytes = _inspect(tensorrt, bytes(plan), report)
+            return BuiltPlan(bytes(plan), layers, activation_bytes, b"" if cache is None else bytes(cache.serialize()))
+    raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {tensorrt.last_error}")
+
+
+def _configure(tensorrt: TensorRT, config: Any, network: Any, options: Options, timing_cache: bytes) -> Any:
+    """Sets everything but profiles; returns the timing cache, None where there is none."""
     module = tensorrt.module
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     if options.workspace is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace)
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
-    for profile in profiles:
-        config.add_optimization_profile(_optimization_profile(builder, network, profile))
     tensorrt.set_precision(config, network)
     if options.compute_capabilities:
         tensorrt.set_compute_capabilities(config, options.compute_capabilities)
-    cache = tensorrt.set_timing_cache(config, timing_cache)
-    if progress is not None:
-        tensorrt.set_progress(config, progress)
-    tensorrt.choose_way(config, way)
-    with tensorrt.logger.layers_reported() as report:
-        plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {tensorrt.last_error}")
-    data = bytes(plan)
-    layers, activation_bytes = _inspect(tensorrt, data, report)
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    host_inputs = tuple(tensor.name for tensor in inputs if tensor.is_shape_tensor)
-    return BuiltPlan(data, layers, activation_bytes, host_inputs, b"" if cache is None else bytes(cache.serialize()))
+    return tensorrt.set_timing_cache(config, timing_cache)
 
 
 def _network(tensorrt: TensorRT, model: bytes, folder: Path) -> tuple[Any, Any]:
@@ -98,25 +87,34 @@ def _network(tensorrt: TensorRT, model: bytes, folder: Path) -> tuple[Any, Any]:
         raise BackendError(
             f"{tensorrt.backend} {tensorrt.version} cannot parse the graph: {text or tensorrt.last_error}"
         )
-    return network, builder
+    shape_tensors = [name for name, tensor in _inputs(network).items() if tensor.is_shape_tensor]
+    if shape_tensors:
+        raise BackendError(
+            f"{tensorrt.backend} {tensorrt.version} wants the values of {shape_tensors} to know its shapes"
+        )
+    return builder, network
 
 
-def _optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:
+def _inputs(network: Any) -> dict[str, Any]:
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _optimization_profile(builder: Any, network: Any, lowered: Lowered, profile: Profile) -> Any:
+    """The shapes of all inputs but the weights, from the names of their dimensions."""
     made = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        names = _DIMENSIONS.get(tensor.name)
-        if names is None:
-            continue  # a weight: its shape is fixed
-        static = list(tensor.shape)
+    known = _inputs(network)
+    for value in lowered.model.graph.inputs:
+        if value.name in lowered.weights or value.name not in known or value.shape is None:
+            continue
         shapes = [
             [
-                static[axis] if name is None or static[axis] > 0 else getattr(getattr(profile, name), end)
-                for axis, name in enumerate(names)
+                getattr(getattr(profile, str(dim.value)), end) if isinstance(dim, ir.SymbolicDim) else dim
+                for dim in value.shape
             ]
             for end in ("min", "opt", "max")
         ]
-        made.set_shape(tensor.name, *shapes)
+        made.set_shape(value.name, *shapes)
     return made
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from mythos_export.divergence import divergence
 from runtimes.backend import Float32
-from runtimes.bundle import open_bundle
+from runtimes.bundle import Manifest
 from runtimes.dtypes import STORAGE
-from runtimes.engines import FOLDER, Engine, read_engine
+from runtimes.engines import Engine
 from runtimes.errors import BackendError
 from runtimes.runner import Runner, load
 
@@ -35,22 +35,20 @@ class Agreement(NamedTuple):
     tokens: int
 
 
-def check_engine(bundle: str | Path, key: str) -> Agreement:
-    """Feeds random tokens to an engine of a bundle and to onnxruntime: prompts of several lengths, a batch, one-token steps.
+def check_engine(folder: Path, manifest: Manifest, key: str, engine: Engine) -> Agreement:
+    """Feeds random tokens to an engine of the bundle in folder and to onnxruntime: prompts of several lengths, a batch, one-token
+    steps.
 
     Raises BackendError where they differ by more than the engine's dtype explains.
     """
-    folder, manifest = open_bundle(bundle)
-    engine = read_engine(folder / FOLDER / key)
-    profiles = [profile for plan in engine.plans for profile in plan.profiles]
-    most = min(min(profile.capacity.max for profile in profiles), manifest.graphs[0].max_seq_len) - _NEW
-    batch = min(2, max(profile.batch.max for profile in profiles))
+    most = engine.max_context - _NEW
+    batch = min(2, max(profile.batch.max for plan in engine.plans for profile in plan.profiles))
     lengths = sorted({max(1, min(length, most)) for length in _LENGTHS})
     random = np.random.default_rng(0)
     parts: list[tuple[np.ndarray, np.ndarray]] = []  # type: ignore[type-arg]
     with (
-        load(bundle, engine.backend, engine=key, max_batch=batch, max_context=most + _NEW) as ours,
-        load(bundle, "onnxruntime") as oracle,
+        load(folder, engine.backend, engine=key, max_batch=batch, max_context=most + _NEW) as ours,
+        load(folder, "onnxruntime") as oracle,
     ):
         for sequences, length in [*((1, length) for length in lengths), (batch, lengths[0] + 1)]:
             ids = random.integers(0, manifest.graphs[0].vocab_size, (sequences, length + _NEW)).tolist()

@@ -7,42 +7,44 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from mythos_export import __version__, overloads
-from mythos_export.build.builder import BuiltPlan, Options, Progress, build_plan
+from mythos_export.build.builder import BuiltPlan, Progress, build_plan
 from mythos_export.build.check import check_engine
 from mythos_export.build.lower import DTYPES, Lowered, lower
+from mythos_export.build.options import MAX_CONTEXT, Limits, Options
 from mythos_export.config import MixtureOfExpertsConfig, ModelConfig
 from runtimes import cuda, tensorrt_api
 from runtimes.bundle import Graph, Manifest, open_bundle
+from runtimes.device_memory import BUCKET
 from runtimes.dtypes import STORAGE
 from runtimes.engines import FOLDER, FORMAT_VERSION, Engine, EngineWriter, Plan, Profile, Range, Weight, engine_key
 from runtimes.errors import BackendError, InputError
 from runtimes.tensorrt_api import TensorRT
 
 _log = logging.getLogger("mythos_export")
-MAX_BATCH, MAX_SEQ, MAX_CONTEXT = 1, 512, 4096  # of an engine, unless asked for more; the last at most the model's
-_BUCKET = 256  # least capacity of a cache
 # A gathered expert is read at 0.6 of the bandwidth at which all are read in turn (H100, TensorRT 8.6, experts of 2048 x 4096 in
 # float16), so gathering pays up to this share of all experts.
 _GATHERING_PAYS = 0.6
+_TYPES = {ir.DataType.INT4: "int4", ir.DataType.FLOAT8E4M3FN: "fp8"}  # that not every version has
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What an engine must serve. batch: sequences. seq: new tokens of each in a prefill step. context: tokens of each."""
+class BuiltEngine(NamedTuple):
+    """path: where the engine stands. engine: its metadata. manifest: of the bundle it was built from."""
 
-    batch: int = MAX_BATCH
-    seq: int = MAX_SEQ
-    context: int | None = None
+    path: Path
+    engine: Engine
+    manifest: Manifest
 
 
 def build_engine(
@@ -54,8 +56,8 @@ def build_engine(
     options: Options | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> tuple[Path, Engine]:
-    """Builds an engine of a bundle into its engines/ folder and returns where it stands and its metadata.
+) -> BuiltEngine:
+    """Builds an engine of a bundle into its engines/ folder.
 
     backend: "tensorrt" or "tensorrt-rtx". dtype: of matrices and cache, one of float32, float16, bfloat16 (default: the bundle's;
     of a quantized bundle float16, or float32 before TensorRT 10). limits: default Limits(). force: replace an engine of that key.
@@ -66,18 +68,18 @@ def build_engine(
     library = tensorrt_api.find(backend)
     options, limits = options or Options(), limits or Limits()
     folder, manifest = open_bundle(bundle)
-    dtype = _checked_dtype(dtype, manifest.graphs[0], library)
+    graph = manifest.graphs[0]
+    dtype, context = _checked_dtype(dtype, graph, library), _checked_context(limits, graph)
     device, capabilities = _target(library, options)
-    job = _Job(library, folder, manifest, dtype, limits, options, device, capabilities, progress)
-    _checked_context(limits, manifest.graphs[0])
-    for way in range(library.n_ways):
+    job = _Job(library, folder, manifest, dtype, limits, context, options, device, capabilities, progress)
+    forms = [_lowered(job, form, max_tokens) for form, max_tokens in _forms(manifest, limits)]
+    _check_types(library, forms)
+    for way in range(library.n_ways - 1):
         try:
-            return _built(job, way, force=force)
+            return _built(job, forms, way, force=force)
         except BackendError as error:
-            if way + 1 == library.n_ways:
-                raise
             _log.warning("%s; another way of building is tried", error)
-    raise BackendError(f"{backend} {library.version} knows no way to build")
+    return _built(job, forms, library.n_ways - 1, force=force)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class _Job:
     manifest: Manifest
     dtype: str
     limits: Limits
+    context: int
     options: Options
     device: str
     capabilities: tuple[str, ...]
@@ -99,44 +102,75 @@ class _Job:
         return engine_key(self.library.backend, self.library.version, self.capabilities, self.device, self.dtype)
 
 
-def _built(job: _Job, way: int, *, force: bool) -> tuple[Path, Engine]:
-    """Builds the engine one way and, where the GPU is at hand, checks its results. Raises BackendError, leaving none behind."""
-    path = job.folder / FOLDER / job.key
-    began = time.perf_counter()
-    cache = path.with_name(f".{job.key.rpartition('-')[0]}.timing")
-    timing = cache.read_bytes() if cache.is_file() else b""
-    graph, library = job.manifest.graphs[0], job.library
-    context = _checked_context(job.limits, graph)
+@dataclass(frozen=True)
+class _Form:
+    """The lowered stages of a form, by name, and what its plans are for."""
+
+    name: str
+    max_tokens: int | None
+    profiles: tuple[Profile, ...]
+    stages: dict[str, Lowered]
+
+
+def _lowered(job: _Job, form: str, max_tokens: int | None) -> _Form:
+    profiles = _profiles(job.limits, job.context, max_tokens)
+    ranges = {name: [getattr(profile, name) for profile in profiles] for name in ("batch", "seq", "k")}
+    fixed = {
+        name: parts[0].max for name, parts in ranges.items() if len({*parts}) == 1 and parts[0].min == parts[0].max
+    }
+    old_parser = not job.library.capabilities.strongly_typed
+    graph = job.manifest.graphs[0]
+    stages = lower(job.folder, graph, job.dtype, form=form, sizes=fixed, old_parser=old_parser)
+    return _Form(form, max_tokens, profiles, stages)
+
+
+def _check_types(library: TensorRT, forms: Sequence[_Form]) -> None:
+    """Raises InputError for matrices of a type that the library does not have."""
+    graphs = [stage.model.graph for form in forms for stage in form.stages.values()]
+    for name in {_TYPES.get(value.dtype) for graph in graphs for value in graph.initializers.values()} - {None}:
+        if not getattr(library.capabilities, str(name)):
+            raise InputError(
+                f"{library.backend} {library.version} has no {name}, which TensorRT 10 has; use a bundle of int8 weights "
+                "(--recipe w8a8) or of floats"
+            )
+
+
+def _built(job: _Job, forms: Sequence[_Form], way: int, *, force: bool) -> BuiltEngine:
+    """Builds the engine, beginning with one way, and checks its results where the GPU is at hand. Raises BackendError, leaving none
+    behind."""
+    path, began = job.folder / FOLDER / job.key, time.perf_counter()
+    timing_file = path.with_name(f".{job.key.rpartition('-')[0]}.timing")
+    timing = timing_file.read_bytes() if timing_file.is_file() else b""
     with EngineWriter(job.folder, job.key, force=force) as writer:
-        plans, weights, built = [], dict[str, Weight](), []
-        for form, max_tokens in _forms(job.manifest, job.limits):
-            lowered = lower(job.folder, graph, job.dtype, form=form, old_parser=not library.capabilities.strongly_typed)
-            weights.update(_weights(lowered))
-            profiles = _profiles(graph, job.limits, context, max_tokens)
-            model = ir.to_proto(lowered.model).SerializeToString()
-            plan = build_plan(library, model, job.folder, profiles, job.options, way, timing, job.progress)
-            built.append(plan)
-            timing = plan.timing_cache or timing
-            plans.append(_write(writer, form, max_tokens, profiles, plan))
-        engine = _metadata(job, tuple(plans), tuple(weights.values()), built, time.perf_counter() - began)
+        plans, weights = [], dict[str, Weight]()
+        for form in forms:
+            for stage, lowered in form.stages.items():
+                weights.update(_weights(lowered))
+                _log.info("building %s of %s", stage, form.name)
+                plan = build_plan(
+                    job.library, lowered, job.folder, form.profiles, job.options, way, timing, job.progress
+                )
+                timing = plan.timing_cache or timing
+                plans.append(_write(writer, form, stage, plan))
+        engine = _metadata(job, tuple(plans), tuple(weights.values()), time.perf_counter() - began)
         writer.commit(engine)
     if timing:
-        cache.write_bytes(timing)
+        partial = timing_file.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(timing)
+        partial.replace(timing_file)
     if not job.options.compute_capabilities:
         try:
-            agreement = check_engine(job.folder, job.key)
+            agreement = check_engine(job.folder, job.manifest, job.key, engine)
         except BackendError:
             shutil.rmtree(path)
             raise
         _log.info(
             "%s agrees with onnxruntime: mean KL %.2g nats, top-1 %.4f", job.key, agreement.mean_kl, agreement.top1
         )
-    return path, engine
+    return BuiltEngine(path, engine, job.manifest)
 
 
-def _metadata(
-    job: _Job, plans: tuple[Plan, ...], weights: tuple[Weight, ...], built: Sequence[BuiltPlan], seconds: float
-) -> Engine:
+def _metadata(job: _Job, plans: tuple[Plan, ...], weights: tuple[Weight, ...], seconds: float) -> Engine:
     graph, files = job.manifest.graphs[0], job.manifest.files
     named = sorted({weight.file for weight in weights} | set(graph.weights))
     return Engine(
@@ -153,8 +187,8 @@ def _metadata(
         dtype=job.dtype,  # type: ignore[arg-type]
         cache_dtype=job.dtype,  # type: ignore[arg-type]
         integers="int64" if job.library.capabilities.int64 else "int32",
-        host_inputs=tuple(sorted({name for plan in built for name in plan.host_inputs})),
-        cuda_graph=graph.loops is not None,
+        max_context=job.context,
+        dim=ModelConfig.from_dict(job.manifest.model).dim,
         weights=weights,
         plans=plans,
         build_seconds=seconds,
@@ -162,19 +196,20 @@ def _metadata(
 
 
 def _checked_dtype(dtype: str | None, graph: Graph, library: TensorRT) -> str:
-    quantized = graph.weight_dtype not in STORAGE
-    able = library.capabilities
+    quantized, modern = graph.weight_dtype not in STORAGE, library.capabilities.strongly_typed
     if dtype is None:
-        dtype = graph.dtype if not quantized else "float16" if able.strongly_typed else "float32"
+        dtype = graph.dtype if not quantized else "float16" if modern else "float32"
     if dtype not in DTYPES:
         raise InputError(f'dtype is "{dtype}"; expected one of {", ".join(DTYPES)}')
-    wanted = {"bfloat16": dtype == "bfloat16", "int4": "int4" in graph.weight_dtype, "fp8": "fp8" in graph.weight_dtype}
-    for name, is_wanted in wanted.items():
-        if is_wanted and not getattr(able, name):
-            raise InputError(
-                f"{library.backend} {library.version} has no {name}, which TensorRT 10 has; use "
-                + ("--dtype float16" if name == "bfloat16" else "a bundle of int8 weights (--recipe w8a8) or of floats")
-            )
+    if dtype == "bfloat16" and not library.capabilities.bfloat16:
+        raise InputError(
+            f"{library.backend} {library.version} has no bfloat16, which TensorRT 10 has; use --dtype float16"
+        )
+    if quantized and not modern and dtype != "float32":
+        raise InputError(
+            f"{library.backend} {library.version} reads scales of quantized matrices in float32 only, dtype is {dtype}; leave "
+            "--dtype out"
+        )
     return dtype
 
 
@@ -206,19 +241,15 @@ def _forms(manifest: Manifest, limits: Limits) -> list[tuple[str, int | None]]:
     return [(overloads.FEW_TOKENS, min(few, limits.batch)), *many]
 
 
-def _profiles(graph: Graph, limits: Limits, context: int, max_tokens: int | None) -> tuple[Profile, ...]:
-    batch = Range(1, max_tokens or limits.batch, max_tokens or limits.batch)
-    slots = Range(
-        graph.slots(graph.loops or 1), graph.slots(graph.loops or graph.default_loops), graph.slots(graph.max_loops)
-    )
-    least = min(_BUCKET, context)
-    capacity = Range(least, min(1024, context), context)
-    one = Range(1, 1, 1)
-    decode = Profile("decode", Range(1, 1, max_tokens) if max_tokens else batch, one, capacity, slots, one)
+def _profiles(limits: Limits, context: int, max_tokens: int | None) -> tuple[Profile, ...]:
+    """decode; and prefill, but for a form that is for few tokens."""
+    one, rows = Range(1, 1, 1), -(-context // BUCKET) * BUCKET
+    capacity = Range(BUCKET, min(1024, rows), rows)
     if max_tokens is not None:
-        return (decode,)
-    seq = Range(1, limits.seq, limits.seq)
-    return decode, Profile("prefill", Range(1, 1, limits.batch), seq, capacity, slots, Range(1, 1, limits.seq))
+        return (Profile("decode", Range(1, 1, max_tokens), one, capacity, one),)
+    batch, seq = Range(1, limits.batch, limits.batch), Range(1, limits.seq, limits.seq)
+    prefill = Profile("prefill", Range(1, 1, limits.batch), seq, capacity, Range(1, 1, limits.seq))
+    return Profile("decode", batch, one, capacity, one), prefill
 
 
 def _weights(lowered: Lowered) -> dict[str, Weight]:
@@ -238,19 +269,18 @@ def _weights(lowered: Lowered) -> dict[str, Weight]:
     }
 
 
-def _write(
-    writer: EngineWriter, form: str, max_tokens: int | None, profiles: tuple[Profile, ...], built: BuiltPlan
-) -> Plan:
-    file, layers = f"{form}.plan", f"{form}.layers.json"
-    writer.create(file).write(built.plan)
-    writer.create(layers).write(json.dumps(built.layers, indent=1).encode())
+def _write(writer: EngineWriter, form: _Form, stage: str, built: BuiltPlan) -> Plan:
+    name = f"{form.name}.{stage}"
+    writer.create(f"{name}.plan").write(built.plan)
+    writer.create(f"{name}.layers.json").write(json.dumps(built.layers, indent=1).encode())
     return Plan(
-        file=file,
-        form=form,  # type: ignore[arg-type]
-        max_tokens=max_tokens,
-        profiles=profiles,
+        file=f"{name}.plan",
+        stage=stage,  # type: ignore[arg-type]
+        form=form.name,  # type: ignore[arg-type]
+        max_tokens=form.max_tokens,
+        profiles=form.profiles,
         size=len(built.plan),
         sha256=sha256(built.plan).hexdigest(),
-        layers=layers,
+        layers=f"{name}.layers.json",
         activation_bytes=built.activation_bytes,
     )

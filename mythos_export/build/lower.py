@@ -9,6 +9,7 @@ Dimensions are those of the graph: batch, seq, k, slots, capacity.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,13 @@ import onnxscript.optimizer
 from onnx_ir.passes import common as passes
 
 from mythos_export import overloads
+from mythos_export.build.bodies import choose_bodies, input_names, matrix_of
 from mythos_export.build.dialect import to_old_parser
+from mythos_export.build.initializers import integers
 from mythos_export.build.quantized import lower_quantized
+from mythos_export.build.stages import split
 from runtimes.bundle import Graph
+from runtimes.engines import NEW_KV, PAST_KV
 from runtimes.errors import BackendError
 
 DTYPES = {
@@ -35,34 +40,51 @@ _EMBEDDING = "embed"
 NEXT_TOKEN = ("next_token", "next_logprob")  # the outputs that come to the bundle's
 _INPUT_BYTES = 1 << 16  # a matrix of as much becomes an input; smaller ones are constants
 _FOLD_LIMIT = 4096  # numbers; folding serves shapes, scales and constants
-_ROUTED, _SHARED = "routed", "shared"
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """model: the graph. weights: the tensors that became inputs, as the bundle stores them."""
+    """A stage. model: its graph. weights: the tensors that became inputs, as the bundle stores them."""
 
     model: ir.Model
     weights: dict[str, ir.ExternalTensor]
 
 
-def lower(folder: Path, graph: Graph, dtype: str, *, form: str, old_parser: bool = False) -> Lowered:
-    """Lowers a graph of the bundle in folder.
+def lower(
+    folder: Path,
+    graph: Graph,
+    dtype: str,
+    *,
+    form: str,
+    sizes: Mapping[str, int] | None = None,
+    old_parser: bool = False,
+) -> dict[str, Lowered]:
+    """Lowers a graph of the bundle in folder; returns its stages by name, in the order they run (see stages.split).
 
     dtype: of the matrices and the cache, "float32", "float16" or "bfloat16"; norms, router, halting and sums stay float32. form:
-    FEW_TOKENS or MANY_TOKENS of mythos_export.overloads. old_parser: for TensorRT before 10. Raises BackendError for a bundle whose
-    graph holds no bodies for engine builders, and for scales that are found as the graph runs.
+    FEW_TOKENS or MANY_TOKENS of mythos_export.overloads. sizes: of dimensions that are the same in every step, by name. old_parser:
+    for TensorRT before 10. Raises BackendError for a bundle whose graph holds no bodies for engine builders.
     """
     model = ir.load(folder / graph.file)
-    _choose_bodies(model, form)
-    _set_dtype(model, DTYPES[dtype])
+    choose_bodies(model, form)
+    _drop_ports(model.graph)
+    stages = split(model)
+    return {name: _lower_stage(stage, DTYPES[dtype], sizes or {}, old_parser) for name, stage in stages.items()}
+
+
+def _lower_stage(model: ir.Model, dtype: ir.DataType, sizes: Mapping[str, int], old_parser: bool) -> Lowered:
+    _fix_sizes(model, sizes)
+    _set_dtype(model, dtype)
     _hold_small(model)
     _add_next_token(model)
     passes.InlinePass()(model)
-    lower_quantized(model, DTYPES[dtype])
+    _read_caches_whole(model)
+    lower_quantized(model, dtype)
     _name_sizes(model)
+    weights = _weights_to_inputs(model)  # before folding, which would transpose them
     _fold(model)
-    weights = _weights_to_inputs(model)
+    for value in [value for value in model.graph.inputs if not value.uses()]:
+        model.graph.inputs.remove(value)
     _check_standard(model)
     if old_parser:
         to_old_parser(model)
@@ -74,98 +96,20 @@ def _nodes(model: ir.Model) -> list[ir.Node]:
     return list(ir.traversal.RecursiveGraphIterator(model.graph))
 
 
-def _choose_bodies(model: ir.Model, form: str) -> None:
-    """Makes every operator call the body for engine builders, with the inputs and outputs that one has."""
-    for node in _nodes(model):
-        if node.domain != overloads.DOMAIN:
-            continue
-        portable = model.functions.get(node.op_identifier())
-        if portable is None:
-            raise BackendError(f"{node.name}: the graph holds no body of {node.op_type}; export the checkpoint again")
-        given = {value.name or "": node.inputs[index] for index, value in enumerate(portable.inputs)}
-        overload = _overload(model, node, form, given)
-        function = model.functions.get((overloads.DOMAIN, node.op_type, overload))
-        if function is None and overload == overloads.ENGINE:
-            continue  # the portable body serves
-        if function is None:
-            raise BackendError(
-                f"{node.name}: the graph holds no body of {node.op_type} for engine builders; export the checkpoint again"
-            )
-        inputs = [_input(model, given, value.name or "") for value in function.inputs]
-        outputs = list(node.outputs)[: len(function.outputs)]
-        new = ir.Node(
-            node.domain,
-            node.op_type,
-            inputs,
-            node.attributes.values(),
-            overload=overload,
-            num_outputs=len(outputs),
-            name=node.name,
-        )
-        for old_output, output in zip(outputs, new.outputs, strict=True):
-            output.name, output.shape = old_output.name, old_output.shape
-            output.type = old_output.type
-        ir.convenience.replace_nodes_and_values(node.graph, node, [node], [new], outputs, new.outputs)
+def _fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    values = [*model.graph.inputs, *(output for node in _nodes(model) for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            dims = [sizes.get(str(dim.value), dim) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape]
+            value.shape = ir.Shape(dims)
 
 
-def _overload(model: ir.Model, node: ir.Node, form: str, given: dict[str, ir.Value | None]) -> str:
-    """The body for this form where there is one, else that for any."""
-    if node.op_type.endswith("MixtureOfExperts"):
-        form += overloads.WITH_SHARED if _n_shared(given) else ""
-    return form if (overloads.DOMAIN, node.op_type, form) in model.functions else overloads.ENGINE
-
-
-def _n_shared(given: dict[str, ir.Value | None]) -> int:
-    """Experts after the routed ones."""
-    return int(_static(given["gate_up"])[0]) - int(_static(given["router"])[0])
-
-
-def _static(value: ir.Value | None) -> list[int]:
-    if value is None or value.shape is None or not value.shape.is_static():
-        raise BackendError(
-            f"{value.name if value else 'an input'}: its shape is not static; export the checkpoint again"
-        )
-    return [int(dim) for dim in value.shape]  # type: ignore[arg-type]
-
-
-def _input(model: ir.Model, given: dict[str, ir.Value | None], name: str) -> ir.Value | None:
-    """What a body's input is fed with: the operator's input of that name, or the part of a stack that the name ends in."""
-    if name in given:
-        return given[name]
-    for part in (_ROUTED, _SHARED):
-        for suffix in ("", "_scale"):
-            stack = name.removesuffix(f"_{part}{suffix}") + suffix
-            if name.endswith(f"_{part}{suffix}") and stack in given:
-                return _part(model, given[stack], part, int(_static(given["router"])[0]))
-    raise BackendError(
-        f"a body for engine builders wants {name}, which its operator does not have; export the checkpoint again"
-    )
-
-
-def _part(model: ir.Model, stack: ir.Value | None, part: str, n_routed: int) -> ir.Value:
-    """The routed or the shared experts of a stack: an initializer of its own over the same bytes."""
-    if stack is None or not isinstance(stack.const_value, ir.ExternalTensor):
-        raise BackendError("a stack of experts is not stored in the bundle's weights; export the checkpoint again")
-    tensor, shape = stack.const_value, _static(stack)
-    if shape[0] == n_routed:
-        return stack
-    name = f"{stack.name}.{part}"
-    if name not in model.graph.initializers:
-        first, last = (0, n_routed) if part == _ROUTED else (n_routed, shape[0])
-        expert = (tensor.length or tensor.nbytes) // shape[0]
-        of_part = ir.Shape([last - first, *shape[1:]])
-        value = ir.Value(name=name, shape=of_part, type=stack.type)
-        value.const_value = ir.ExternalTensor(
-            tensor.location,
-            (tensor.offset or 0) + first * expert,
-            (last - first) * expert,
-            tensor.dtype,
-            shape=of_part,
-            name=name,
-            base_dir=tensor.base_dir,
-        )
-        model.graph.initializers[name] = value
-    return model.graph.initializers[name]
+def _drop_ports(graph: ir.Graph) -> None:
+    """Caches of engines hold floats: nothing stands beside their rows."""
+    for index in [i for i, value in enumerate(graph.inputs) if value.name == "past_scale"]:
+        del graph.inputs[index]
+    for index in [i for i, value in enumerate(graph.outputs) if value.name == "new_scale"]:
+        del graph.outputs[index]
 
 
 def _set_dtype(model: ir.Model, dtype: ir.DataType) -> None:
@@ -177,35 +121,33 @@ def _set_dtype(model: ir.Model, dtype: ir.DataType) -> None:
                 output.type = None  # inferred again from here on
     for node in _nodes(model):
         if node.domain == overloads.DOMAIN:
-            function = model.functions.get(node.op_identifier())
-            names = [value.name or "" for value in function.inputs] if function else []
-            for name, value in zip(names, node.inputs, strict=True):
-                matrix = name.removesuffix("_scale").removesuffix(f"_{_ROUTED}").removesuffix(f"_{_SHARED}")
-                if value is not None and matrix in _MATRICES and value.dtype in DTYPES.values():
+            for name, value in zip(input_names(model, node), node.inputs, strict=True):
+                if value is not None and matrix_of(name) in _MATRICES and value.dtype in DTYPES.values():
                     value.type = ir.TensorType(dtype)
-    for node in _nodes(model):
         if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name == _EMBEDDING:
             node.inputs[0].type = ir.TensorType(dtype)
             _cast_output(node, ir.DataType.FLOAT)
     for value in [*graph.inputs, *graph.outputs]:
-        if value.name == "past_kv":
-            _retype_carried_rows(model, value.dtype, dtype)
-        if value.name in ("past_kv", "new_kv"):
+        if (value.name or "").startswith((PAST_KV, NEW_KV)):
             value.type = ir.TensorType(dtype)
-    _drop_ports(graph)
-    for output in graph.outputs:
-        if output.name == "logits":
-            producer = output.producer()
-            if producer is not None:
-                _cast_output(producer, ir.DataType.FLOAT)
+    for output in list(graph.outputs):
+        producer = output.producer()
+        if output.name == "logits" and producer is not None:
+            _cast_output(producer, ir.DataType.FLOAT)
 
 
-def _drop_ports(graph: ir.Graph) -> None:
-    """Caches of engines hold floats: nothing stands beside their rows."""
-    for index in [i for i, value in enumerate(graph.inputs) if value.name == "past_scale"]:
-        del graph.inputs[index]
-    for index in [i for i, value in enumerate(graph.outputs) if value.name == "new_scale"]:
-        del graph.outputs[index]
+def _read_caches_whole(model: ir.Model) -> None:
+    """A cache that has one slot is read as it is: no slot of it needs picking."""
+    for node in _nodes(model):
+        whole = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
+        if whole is None or whole.op_type != "Unsqueeze" or not _is_cache(whole.inputs[0]):
+            continue
+        ir.convenience.replace_all_uses_with(node.outputs[0], whole.inputs[0])
+        node.graph.remove(node, safe=True)
+
+
+def _is_cache(value: ir.Value | None) -> bool:
+    return value is not None and value.is_graph_input() and (value.name or "").startswith(PAST_KV)
 
 
 def _cast_output(node: ir.Node, dtype: ir.DataType) -> None:
@@ -218,30 +160,6 @@ def _cast_output(node: ir.Node, dtype: ir.DataType) -> None:
     cast.outputs[0].name, output.name = output.name, f"{output.name}/uncast"
     if isinstance(node.graph, ir.Graph):
         node.graph.insert_after(node, cast)
-
-
-def _retype_carried_rows(model: ir.Model, before: ir.DataType | None, dtype: ir.DataType) -> None:
-    """A loop hands on the rows it has made, beginning with zeros of the traced cache's dtype; they get that of the engine's."""
-    for loop in _nodes(model):
-        if loop.op_type != "Loop":
-            continue
-        body = loop.attributes["body"].as_graph()
-        for node in body:
-            rows = node.inputs[0] if node.op_type == "ScatterND" else None
-            if rows is None or rows not in body.inputs or rows.dtype != before:
-                continue
-            index = body.inputs.index(rows)  # as in the Loop's own inputs: trip count, condition, carried
-            zeros = loop.inputs[index]
-            expand = None if zeros is None else zeros.producer()
-            if expand is None or expand.op_type != "Expand":
-                raise BackendError(f"{loop.name}: does not begin with rows of zeros; export the checkpoint again")
-            zero = ir.node("Cast", [expand.inputs[0]], {"to": dtype.value}, name=f"{loop.name}/zero")
-            of_dtype = ir.node("Expand", [zero.outputs[0], expand.inputs[1]], name=f"{loop.name}/rows")
-            for value in (rows, node.outputs[0], zero.outputs[0], of_dtype.outputs[0]):
-                value.type = ir.TensorType(dtype)
-            loop.replace_input_with(index, of_dtype.outputs[0])
-            if isinstance(loop.graph, ir.Graph):
-                loop.graph.insert_before(loop, [zero, of_dtype])
 
 
 # The likeliest token, the lowest id among equals, and its natural log-probability, for each of logits [batch, k, vocab].
@@ -269,10 +187,12 @@ NextToken (logits) => (next_token, next_logprob) {
 
 
 def _add_next_token(model: ir.Model) -> None:
-    """Two outputs more, so that a token's logits need not leave the device."""
+    """Two outputs more where there are logits, so that those need not leave the device."""
+    logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
+    if logits is None:
+        return
     function = ir.serde.deserialize_function(onnx.parser.parse_function(_NEXT_TOKEN))
     model.functions[function.identifier()] = function
-    logits = next(value for value in model.graph.outputs if value.name == "logits")
     node = ir.node("NextToken", [logits], domain=overloads.DOMAIN, num_outputs=2, name="decoder/NextToken")
     shape = None if logits.shape is None else logits.shape[:2]
     for output, name, dtype in zip(node.outputs, NEXT_TOKEN, (ir.DataType.INT64, ir.DataType.FLOAT), strict=True):
@@ -321,12 +241,7 @@ def _size(model: ir.Model, dim: int | ir.SymbolicDim, sizes: dict[str, ir.Value]
     """The value [1] that holds a dimension, None where it is not one of the inputs' or a number."""
     if isinstance(dim, ir.SymbolicDim):
         return sizes.get(dim.value or "")
-    name = f"decoder/{dim}"
-    if name not in model.graph.initializers:
-        value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-        value.const_value = ir.tensor([dim], dtype=ir.DataType.INT64, name=name)
-        model.graph.initializers[name] = value
-    return model.graph.initializers[name]
+    return integers(model.graph, f"decoder/{dim}", [dim])
 
 
 def _fold(model: ir.Model) -> None:

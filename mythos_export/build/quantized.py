@@ -10,6 +10,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from mythos_export.build.initializers import initializer, integers, seen_as
 from runtimes.errors import BackendError
 
 _ENDS = ("start", "end", "axis")  # inputs of Slice
@@ -94,15 +95,15 @@ def _dequantized(model: ir.Model, node: ir.Node, values: ir.Value, scales: ir.Va
     else:  # each block is a row
         whole, stored_as, levels = in_blocks, [levels.size, block_size], levels.flatten()
     tensor = _stored_levels(values.const_value, kind, shape, whole, stored_as)
-    stored = _initializer(graph, f"{values.name}.constant", tensor)
-    scale = _initializer(graph, f"{scales.name}.constant", ir.tensor(levels.astype(dtype.numpy()), dtype=dtype))
+    stored = initializer(graph, f"{values.name}.constant", tensor)
+    scale = initializer(graph, f"{scales.name}.constant", ir.tensor(levels.astype(dtype.numpy()), dtype=dtype))
     new = [ir.node("DequantizeLinear", [stored, scale], attributes, name=f"{values.name}/dequantize")]
     if stored_as != whole:
-        to_whole = _integers(graph, f"{values.name}.shape", whole)
+        to_whole = integers(graph, f"{values.name}.shape", whole)
         new.append(ir.node("Reshape", [new[-1].outputs[0], to_whole], name=f"{values.name}/shape"))
     if whole != shape:
         ends = [
-            _integers(graph, f"{values.name}.{name}", [at]) for name, at in zip(_ENDS, (0, shape[-1], -1), strict=True)
+            integers(graph, f"{values.name}.{name}", [at]) for name, at in zip(_ENDS, (0, shape[-1], -1), strict=True)
         ]
         new.append(ir.node("Slice", [new[-1].outputs[0], *ends], name=f"{values.name}/unpad"))
     result = new[-1].outputs[0]
@@ -117,28 +118,11 @@ def _stored_levels(
     """A matrix's levels as the bundle has them, only seen in another shape; where its last blocks are shorter (whole has more input
     channels than shape), a copy with zeros after them: TensorRT knows whole blocks only."""
     if whole == shape:
-        return _seen_as(tensor, kind, stored_as)
-    levels = _seen_as(tensor, kind, shape).numpy()
+        return seen_as(tensor, kind, stored_as)
+    levels = seen_as(tensor, kind, shape).numpy()
     padded = np.zeros(whole, levels.dtype)
     padded[..., : shape[-1]] = levels
     return ir.tensor(padded.reshape(stored_as), dtype=kind)
-
-
-def _seen_as(tensor: ir.ExternalTensor, kind: ir.DataType, shape: list[int]) -> ir.ExternalTensor:
-    """The same bytes of the bundle as another type and shape."""
-    where = (tensor.location, tensor.offset, tensor.length)
-    return ir.ExternalTensor(*where, kind, shape=ir.Shape(shape), name="", base_dir=tensor.base_dir)
-
-
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    tensor.name = name
-    graph.initializers[name] = value
-    return value
-
-
-def _integers(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    return _initializer(graph, name, ir.tensor(numbers, dtype=ir.DataType.INT64))
 
 
 def _block_size(node: ir.Node) -> int:

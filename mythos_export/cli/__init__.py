@@ -19,7 +19,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"torch", "onnx", "onnxscript", "onnx_ir", "safetensors"}:
             raise
-        _fail(f"this needs the package {error.name}, which is not installed; run: pip install 'mythos-export[export]'")
+        extra = "build" if sys.argv[1:2] == ["build"] else "export"
+        _fail(f"this needs the package {error.name}, which is not installed; run: pip install 'mythos-export[{extra}]'")
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, as in `… | head`; nothing is left to tell anyone
         sys.exit(0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from mythos_export.build.options import MAX_CONTEXT, Limits, Options
 from mythos_export.cli.app import Bundle, Json, Quiet, app, emit
 from mythos_export.cli.bundles import Dtype
 
@@ -28,12 +29,14 @@ def build(
             help="Of matrices and cache; default the bundle's, of quantized ones float16 (float32 before TensorRT 10)."
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Most sequences at once.")] = 1,
-    max_seq: Annotated[int, typer.Option(help="Most new tokens of each in a prefill step.")] = 512,
+    max_batch: Annotated[int, typer.Option(help="Most sequences at once.")] = Limits.batch,
+    max_seq: Annotated[int, typer.Option(help="Most new tokens of each in a prefill step.")] = Limits.seq,
     max_context: Annotated[
         int | None,
-        typer.Option(help="Most tokens of a sequence; default 4096, at most what the model has positions for."),
-    ] = None,
+        typer.Option(
+            help=f"Most tokens of a sequence; default {MAX_CONTEXT}, at most what the model has positions for."
+        ),
+    ] = Limits.context,
     workspace: Annotated[
         int | None,
         typer.Option(metavar="MIB", help="Most device memory for scratch while building; default all there is."),
@@ -56,14 +59,14 @@ def build(
 ) -> None:
     """Build a TensorRT engine of a bundle, on the GPU it is to run on."""
     from mythos_export.report import engines_report, progress_bar, size
-    from runtimes.engines import engine_summaries
+    from runtimes.bundle import open_bundle
+    from runtimes.engines import engine_summaries, engine_summary
 
     if list_only:
-        listed = engine_summaries(bundle)
+        listed = engine_summaries(*open_bundle(bundle))
         emit(as_json, {"bundle": str(bundle), "engines": listed}, "" if quiet else engines_report(listed))
         return
-    from mythos_export.build.builder import Options
-    from mythos_export.build.engine import Limits, build_engine
+    from mythos_export.build.engine import build_engine
 
     options = Options(
         None if workspace is None else workspace << 20,
@@ -71,7 +74,7 @@ def build(
         tuple(compute_capability.split(",")) if compute_capability else (),
     )
     with progress_bar(quiet or as_json) as tell:
-        path, engine = build_engine(
+        path, engine, manifest = build_engine(
             bundle,
             backend=backend.value,
             dtype=None if dtype is None else dtype.value,
@@ -81,5 +84,5 @@ def build(
             progress=tell,
         )
     total = sum(plan.size for plan in engine.plans)
-    plain: dict[str, Any] = next(item for item in engine_summaries(bundle) if item["key"] == path.name)
+    plain = engine_summary(path, engine, manifest)
     emit(as_json, plain, "" if quiet else f"{path}: {size(total)} in {engine.build_seconds:.0f} s")

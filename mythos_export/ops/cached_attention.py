@@ -102,32 +102,41 @@ def attend_rows(scores: Tensor, rows: Tensor, allowed: Tensor) -> Tensor:
     return torch.einsum("bshl,blhw->bshw", probabilities, rows.expand(-1, -1, scores.shape[2], -1))
 
 
-# rotated = RoPE of `heads` [B, S, n, 2h] by cos, sin [B, S, h], in float32: pairs lie half a head apart (i, i + h).
-ROTATE_HEADS = """
-  heads_f = Cast <to = 1> (heads)
-  first, second = Split <axis = -1, num_outputs = 2> (heads_f)
-  axis_2 = Constant <value_ints = [2]> ()
-  cos_n = Unsqueeze(cos, axis_2)
-  sin_n = Unsqueeze(sin, axis_2)
-  first_cos = Mul(first, cos_n)
-  second_sin = Mul(second, sin_n)
-  second_cos = Mul(second, cos_n)
-  first_sin = Mul(first, sin_n)
-  rotated_first = Sub(first_cos, second_sin)
-  rotated_second = Add(second_cos, first_sin)
-  rotated = Concat <axis = -1> (rotated_first, rotated_second)
+# {y} = RoPE of {x} [B, S, n, 2h] by cos, sin [B, S, h], in float32: pairs lie half a head apart (i, i + h).
+_ROTATE = """
+  {x}_f = Cast <to = 1> ({x})
+  {x}_first, {x}_second = Split <axis = -1, num_outputs = 2> ({x}_f)
+  {x}_axis = Constant <value_ints = [2]> ()
+  {x}_cos = Unsqueeze(cos, {x}_axis)
+  {x}_sin = Unsqueeze(sin, {x}_axis)
+  {x}_first_cos = Mul({x}_first, {x}_cos)
+  {x}_second_sin = Mul({x}_second, {x}_sin)
+  {x}_second_cos = Mul({x}_second, {x}_cos)
+  {x}_first_sin = Mul({x}_first, {x}_sin)
+  {x}_rotated_first = Sub({x}_first_cos, {x}_second_sin)
+  {x}_rotated_second = Add({x}_second_cos, {x}_first_sin)
+  {y} = Concat <axis = -1> ({x}_rotated_first, {x}_rotated_second)
 """
 
+
+def rotate_text(x: str, y: str) -> str:
+    """Statements that rotate x; see above."""
+    return _ROTATE.format(x=x, y=y)
+
+
 # allowed [B, S, 1, L]: row s sees its sequence's past_len rows and the new rows up to itself, of those the last `window`.
-# past [B, P, W] in the dtype of `fresh`: rows of the cache; a dead one is replaced, never added to, so its NaN is gone.
+# past [B, P, W] in the dtype of `fresh`: rows of the cache, as many as the longest sequence has; a dead one is replaced, never
+# added to, so its NaN is gone.
 # Needs `seq` [1] = S, `fresh` [B, S, W] and `window_int` [].
 _PAST = """
   axis_0 = Constant <value_ints = [0]> ()
   axis_1 = Constant <value_ints = [1]> ()
+  axis_2 = Constant <value_ints = [2]> ()
   axis_last = Constant <value_ints = [-1]> ()
   int_0 = Constant <value_int = 0> ()
   int_1 = Constant <value_int = 1> ()
-  {LONGEST}
+  past_max = ReduceMax <keepdims = 0> (past_len)
+  past_max_1 = Unsqueeze(past_max, axis_0)
   seq_scalar = Squeeze(seq, axis_0)
   total = Add(past_max, seq_scalar)
   total_1 = Unsqueeze(total, axis_0)
@@ -145,19 +154,6 @@ _PAST = """
   allowed = Unsqueeze(allowed_w, axis_2)
   past_live = Slice(filled, axis_0, past_max_1, axis_1)
   live = Unsqueeze(past_live, axis_last)
-  {ROWS}
-  {VALUES}
-  empty = Constant <value_float = 0.0> ()
-  empty_t = CastLike(empty, fresh)
-  past = Where(live, past_rows, empty_t)
-"""
-
-# P, and the P rows of this slot: as many as the longest sequence has ...
-_LONGEST = """
-  past_max = ReduceMax <keepdims = 0> (past_len)
-  past_max_1 = Unsqueeze(past_max, axis_0)
-"""
-_ROWS = """
   slot_1 = Reshape(slot, axis_1)
   slot_next = Add(slot_1, axis_1)
   slot_axes = Constant <value_ints = [0, 2]> ()
@@ -165,15 +161,10 @@ _ROWS = """
   slot_ends = Concat <axis = 0> (slot_next, past_max_1)
   past_of_slot = Slice(past_kv, slot_starts, slot_ends, slot_axes)
   past_stored = Squeeze(past_of_slot, axis_0)
-"""
-
-# ... or as many as the cache has room for, in an engine: shapes there must not depend on data.
-_WHOLE = """
-  past_max_1 = Shape <start = 2, end = 3> (past_kv)
-  past_max = Squeeze(past_max_1, axis_0)
-"""
-_WHOLE_ROWS = """
-  past_stored = Gather <axis = 0> (past_kv, slot)
+  {VALUES}
+  empty = Constant <value_float = 0.0> ()
+  empty_t = CastLike(empty, fresh)
+  past = Where(live, past_rows, empty_t)
 """
 
 # A sliding window: new columns stand at their sequence's past_len and after it.
@@ -204,10 +195,9 @@ _INT8_VALUES = """
 """
 
 
-def past_text(*, int8: bool, window: bool, whole: bool = False) -> str:
-    """Statements that give `allowed` and `past`; see above. int8: past_kv holds int8 rows, with past_scale. whole: P = C."""
+def past_text(*, int8: bool, window: bool) -> str:
+    """Statements that give `allowed` and `past`; see above. int8: past_kv holds int8 rows, with past_scale."""
     text = _PAST.replace("{WINDOW}", _WINDOW if window else "allowed_w = Identity(allowed_3)")
-    text = text.replace("{LONGEST}", _WHOLE if whole else _LONGEST).replace("{ROWS}", _WHOLE_ROWS if whole else _ROWS)
     return text.replace("{VALUES}", _INT8_VALUES if int8 else "past_rows = CastLike(past_stored, fresh)")
 
 

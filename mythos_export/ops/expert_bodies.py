@@ -192,30 +192,37 @@ _MANY_TOKENS = """
   rank_axis = Constant <value_ints = [1]> ()
   combine = ReduceSum <keepdims = 0> (weight_if_chosen, rank_axis)
   combine_by_expert = Transpose <perm = [1, 0]> (combine)
-  combine_column = Unsqueeze(combine_by_expert, rank_axis)
+  combine_axis = Constant <value_ints = [2]> ()
+  combine_column = Unsqueeze(combine_by_expert, combine_axis)
   routed_weighted = Mul(routed_outer, combine_column)
   expert_axis = Constant <value_ints = [0]> ()
-  routed_by_channel = ReduceSum <keepdims = 0> (routed_weighted, expert_axis)
-  routed = Transpose <perm = [1, 0]> (routed_by_channel)
+  routed = ReduceSum <keepdims = 0> (routed_weighted, expert_axis)
 """
 
-# {part}_outer [E, D, N] in float32: experts of one part on all tokens.
+# {part}_outer [E, N, D] in float32: experts of one part on all tokens, the first product of all of them in one.
 _DENSE = """
-  {part}_columns = Transpose <perm = [1, 0]> (token_rounded)
-  {part}_inner = MatMul({part}_inner_w, {part}_columns)
-  {part}_gate, {part}_up = Split <axis = 1, num_outputs = 2> ({part}_inner)
+  {part}_rest = Constant <value_ints = [-1]> ()
+  {part}_dim = Shape <start = 2, end = 3> ({part}_inner_w)
+  {part}_rows_shape = Concat <axis = 0> ({part}_rest, {part}_dim)
+  {part}_rows = Reshape({part}_inner_w, {part}_rows_shape)
+  {part}_inner_flat = Gemm <transB = 1> (token_rounded, {part}_rows)
+  {part}_matrix = Shape <start = 0, end = 2> ({part}_inner_w)
+  {part}_inner_shape = Concat <axis = 0> ({part}_rest, {part}_matrix)
+  {part}_inner = Reshape({part}_inner_flat, {part}_inner_shape)
+  {part}_gate, {part}_up = Split <axis = 2, num_outputs = 2> ({part}_inner)
   {part}_sigmoid = Sigmoid({part}_gate)
   {part}_silu = Mul({part}_gate, {part}_sigmoid)
-  {part}_activated = Mul({part}_silu, {part}_up)
+  {part}_activated_by_token = Mul({part}_silu, {part}_up)
+  {part}_activated = Transpose <perm = [1, 0, 2]> ({part}_activated_by_token)
   {round_activated}
-  {part}_outer_t = MatMul({part}_outer_w, {part}_rounded)
+  {part}_columns = Transpose <perm = [0, 2, 1]> ({part}_outer_w)
+  {part}_outer_t = MatMul({part}_rounded, {part}_columns)
   {part}_outer = Cast <to = 1> ({part}_outer_t)
 """
 
 _SHARED = """
   shared_axis = Constant <value_ints = [0]> ()
-  shared_columns_sum = ReduceSum <keepdims = 0> (shared_outer, shared_axis)
-  shared = Transpose <perm = [1, 0]> (shared_columns_sum)
+  shared = ReduceSum <keepdims = 0> (shared_outer, shared_axis)
 """
 
 

@@ -58,7 +58,7 @@ def quantized_feed_forward(
 
 
 def _body(form: FloatForm) -> str:
-    cast = "CastLike(normed, gate_up)" if type(form) is FloatForm else "Identity(normed)"
+    cast = "CastLike(normed, gate_up)" if form is FLOAT else "Identity(normed)"
     return f"""
   {form.preamble}
   {rms_norm_text("x", "norm", "normed")}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mythos_export import overloads
+from mythos_export.ops import engine_attention
 from mythos_export.ops.cached_attention import (
-    ROTATE_HEADS,
     SOFTMAX,
     Cache,
     CachedRows,
@@ -19,6 +19,7 @@ from mythos_export.ops.cached_attention import (
     live_past,
     past_text,
     rotate,
+    rotate_text,
     store_rows,
     store_text,
     with_int8_cache,
@@ -110,8 +111,8 @@ def _attend(
     return attend_rows(torch.einsum("bshd,blhd->bshl", query * scale, keys), values, allowed).flatten(2), stored
 
 
-def _body(*, int8: bool, whole: bool = False) -> str:
-    return f"""
+# From qkv to the rows of the new tokens in float32, `rows_f`.
+_NEW_ROWS = f"""
   # sizes; static, so onnxruntime folds them
   n_heads_int = Constant <value_int: int = @n_heads> ()
   n_kv_heads_int = Constant <value_int: int = @n_kv_heads> ()
@@ -132,15 +133,16 @@ def _body(*, int8: bool, whole: bool = False) -> str:
   all_heads = Reshape(qkv, heads_shape)
   all_split = Concat <axis = 0> (n_rotated, n_kv_heads_1)
   heads, value = Split <axis = 2> (all_heads, all_split)
-  {ROTATE_HEADS}
+  {rotate_text("heads", "rotated")}
   rotated_split = Concat <axis = 0> (n_heads_1, n_kv_heads_1)
   query_f, key_f = Split <axis = 2> (rotated, rotated_split)
   value_f = Cast <to = 1> (value)
   new_heads = Concat <axis = 2> (key_f, value_f)
   flat_shape = Concat <axis = 0> (lead, rest)
   rows_f = Reshape(new_heads, flat_shape)
-  {store_text("qkv", int8=int8)}
+"""
 
+_QUERY = """
   # queries of one group side by side: [B, K, S*G, D]
   group = Div(n_heads_1, n_kv_heads_1)
   grouped_shape = Concat <axis = 0> (lead, n_kv_heads_1, group, rest)
@@ -152,33 +154,70 @@ def _body(*, int8: bool, whole: bool = False) -> str:
   query_by_head = Transpose <perm = [0, 2, 1, 3, 4]> (query_grouped)
   query_shape = Concat <axis = 0> (batch, n_kv_heads_1, rest, head_dim)
   query = Reshape(query_by_head, query_shape)
+"""
 
-  # keys [B, K, D, L] and values [B, K, L, D]
-  {past_text(int8=int8, window=True, whole=whole)}
-  rows = Concat <axis = 1> (past, fresh)
+# keys [B, K, D, L] and values [B, K, L, D] of {part}_rows [B, L, W].
+_HALVES = """
+  {part}_shape = Concat <axis = 0> (batch, rest, two, n_kv_heads_1, head_dim)
+  {part}_by_head = Reshape({part}_rows, {part}_shape)
+  {part}_keys_5, {part}_values_5 = Split <axis = 2, num_outputs = 2> ({part}_by_head)
+  {part}_keys_4 = Squeeze({part}_keys_5, two)
+  {part}_values_4 = Squeeze({part}_values_5, two)
+  {part}_keys = Transpose <perm = [0, 2, 3, 1]> ({part}_keys_4)
+  {part}_values = Transpose <perm = [0, 2, 1, 3]> ({part}_values_4)
+"""
+
+# {scores} [B, S, H, L], so that the mask is one for all heads.
+_SCORES = """
+  {part}_scores_by_head = MatMul(query, {part}_keys)
+  {part}_split_shape = Concat <axis = 0> (batch, n_kv_heads_1, seq, group, rest)
+  {part}_scores_5 = Reshape({part}_scores_by_head, {part}_split_shape)
+  {part}_scores_by_token = Transpose <perm = [0, 2, 1, 3, 4]> ({part}_scores_5)
+  {part}_scores_shape = Concat <axis = 0> (lead, n_heads_1, rest)
+  {scores} = Reshape({part}_scores_by_token, {part}_scores_shape)
+"""
+
+# {mixed} [B, K, S*G, D] of {probabilities} [B, S, H, L].
+_MIX = """
+  {part}_probabilities_shape = Concat <axis = 0> (lead, n_kv_heads_1, group, rest)
+  {part}_probabilities_5 = Reshape({probabilities}, {part}_probabilities_shape)
+  {part}_probabilities_by_head = Transpose <perm = [0, 2, 1, 3, 4]> ({part}_probabilities_5)
+  {part}_probabilities_flat_shape = Concat <axis = 0> (batch, n_kv_heads_1, rest, {n_rows})
+  {part}_probabilities_flat = Reshape({part}_probabilities_by_head, {part}_probabilities_flat_shape)
+  {mixed} = MatMul({part}_probabilities_flat, {part}_values)
+"""
+
+_ATTEND = (
+    "  all_rows = Concat <axis = 1> (past, fresh)"
+    + _HALVES.format(part="all")
+    + _SCORES.format(part="all", scores="scores")
+    + SOFTMAX
+    + _MIX.format(part="all", probabilities="probabilities", n_rows="total_1", mixed="mixed")
+)
+
+# The same, cache and new rows apart.
+_ATTEND_WHOLE = (
+    "  fresh_rows = Identity(fresh)"
+    + _HALVES.format(part="past")
+    + _HALVES.format(part="fresh")
+    + _SCORES.format(part="past", scores="scores_past")
+    + _SCORES.format(part="fresh", scores="scores_new")
+    + engine_attention.SOFTMAX
+    + _MIX.format(part="past", probabilities="probabilities_past", n_rows="capacity_1", mixed="mixed_past")
+    + _MIX.format(part="fresh", probabilities="probabilities_new", n_rows="seq", mixed="mixed_new")
+    + "  mixed = Add(mixed_past, mixed_new)"
+)
+
+
+def _body(*, int8: bool = False, engine: bool = False) -> str:
+    """engine: as engine builders like it."""
+    return f"""
+  {_NEW_ROWS}
+  {store_text("qkv", int8=int8)}
+  {_QUERY}
+  {engine_attention.masks_text(window=True) if engine else past_text(int8=int8, window=True)}
   two = Constant <value_ints = [2]> ()
-  rows_shape = Concat <axis = 0> (batch, total_1, two, n_kv_heads_1, head_dim)
-  rows_by_head = Reshape(rows, rows_shape)
-  keys_5, values_5 = Split <axis = 2, num_outputs = 2> (rows_by_head)
-  keys_4 = Squeeze(keys_5, two)
-  values_4 = Squeeze(values_5, two)
-  keys = Transpose <perm = [0, 2, 3, 1]> (keys_4)
-  values = Transpose <perm = [0, 2, 1, 3]> (values_4)
-
-  # scores [B, S, H, L], so that the mask is one for all heads
-  scores_by_head = MatMul(query, keys)
-  split_shape = Concat <axis = 0> (batch, n_kv_heads_1, seq, group, total_1)
-  scores_5 = Reshape(scores_by_head, split_shape)
-  scores_by_token = Transpose <perm = [0, 2, 1, 3, 4]> (scores_5)
-  scores_shape = Concat <axis = 0> (lead, n_heads_1, total_1)
-  scores = Reshape(scores_by_token, scores_shape)
-  {SOFTMAX}
-  probabilities_shape = Concat <axis = 0> (lead, n_kv_heads_1, group, total_1)
-  probabilities_5 = Reshape(probabilities, probabilities_shape)
-  probabilities_by_head = Transpose <perm = [0, 2, 1, 3, 4]> (probabilities_5)
-  probabilities_flat_shape = Concat <axis = 0> (batch, n_kv_heads_1, rest, total_1)
-  probabilities_flat = Reshape(probabilities_by_head, probabilities_flat_shape)
-  mixed = MatMul(probabilities_flat, values)
+  {_ATTEND_WHOLE if engine else _ATTEND}
   mixed_shape = Concat <axis = 0> (batch, n_kv_heads_1, seq, group, head_dim)
   mixed_5 = Reshape(mixed, mixed_shape)
   mixed_by_token = Transpose <perm = [0, 2, 1, 3, 4]> (mixed_5)
@@ -219,8 +258,8 @@ OPERATOR = Operator(
         [*shapes[0][:2], _per_head(shapes[0][2], attributes, attributes["n_heads"])],
         [*shapes[0][:2], _per_head(shapes[0][2], attributes, 2 * attributes["n_kv_heads"])],
     ],
-    body=_body(int8=False),
-    other_bodies={overloads.ENGINE: Body(_body(int8=False, whole=True))},
+    body=_body(),
+    other_bodies={overloads.ENGINE: Body(_body(engine=True))},
 )
 
 INT8_CACHE = with_int8_cache(OPERATOR, torch.ops.mythos.grouped_query_attention_int8_cache.default, _body(int8=True))

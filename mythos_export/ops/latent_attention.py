@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mythos_export import overloads
+from mythos_export.ops import engine_attention
 from mythos_export.ops.cached_attention import (
-    ROTATE_HEADS,
     SOFTMAX,
     Cache,
     CachedRows,
@@ -24,6 +24,7 @@ from mythos_export.ops.cached_attention import (
     live_past,
     past_text,
     rotate,
+    rotate_text,
     store_rows,
     store_text,
     with_int8_cache,
@@ -212,50 +213,8 @@ _EXPAND = """
   y = Reshape(values_by_token, y_shape)
 """
 
-# The same for few tokens: rows of the matrix times the token, summed, which a compiler fuses into one pass over the matrix.
-_ABSORB_FEW = """
-  q_nope_flat = Identity(q_nope)
-  {round_q}
-  {uk_matrix}
-  uk_f = Cast <to = 1> (uk)
-  q_nope_f = Cast <to = 1> (q_nope_rounded)
-  q_nope_axis = Constant <value_ints = [3]> ()
-  q_nope_rows = Unsqueeze(q_nope_f, q_nope_axis)
-  absorbed_terms = Mul(q_nope_rows, uk_f)
-  q_absorbed_f = ReduceSum <keepdims = 0> (absorbed_terms, rest)
-  q_absorbed = CastLike(q_absorbed_f, q)
-  q_latent_shape = Concat <axis = 0> (batch, rest, rank)
-  q_latent = Reshape(q_absorbed, q_latent_shape)
-"""
-
-_EXPAND_FEW = """
-  mixed_latent, mixed_key = Split <axis = -1> (mixed_rows, kv_split)
-  mixed_heads_shape = Concat <axis = 0> (lead, n_heads, rank)
-  mixed_flat = Reshape(mixed_latent, mixed_heads_shape)
-  {round_mixed}
-  {uv_matrix}
-  uv_f = Cast <to = 1> (uv)
-  mixed_f = Cast <to = 1> (mixed_rounded)
-  mixed_axis = Constant <value_ints = [3]> ()
-  mixed_columns = Unsqueeze(mixed_f, mixed_axis)
-  value_terms = Mul(mixed_columns, uv_f)
-  values_f = ReduceSum <keepdims = 0> (value_terms, rest)
-  values = CastLike(values_f, q)
-  y_shape = Concat <axis = 0> (lead, rest)
-  y = Reshape(values, y_shape)
-"""
-
-
-def _body(form: FloatForm, *, int8: bool, whole: bool = False, few: bool = False) -> str:
-    """whole: of the cache, as engines read it. few: for few tokens."""
-    parts = {
-        "round_q": form.rounded("q_nope_flat", "q_nope_rounded"),
-        "uk_matrix": form.matrix("w_uk", "w_uk_scale", "uk"),
-        "round_mixed": form.rounded("mixed_flat", "mixed_rounded", product=1),
-        "uv_matrix": form.matrix("w_uv", "w_uv_scale", "uv"),
-    }
-    return f"""
-  {form.preamble}
+# From q and kv to the parts of the query and of the rows of the new tokens.
+_NEW_ROWS = """
   # sizes; of weights, so onnxruntime folds them
   n_heads = Shape <start = 0, end = 1> (w_uk)
   rank = Shape <start = 1, end = 2> (w_uk)
@@ -266,7 +225,7 @@ def _body(form: FloatForm, *, int8: bool, whole: bool = False, few: bool = False
   seq = Shape <start = 1, end = 2> (q)
   rest = Constant <value_ints = [-1]> ()
 
-  # the new rows: RMSNorm of the latent, RoPE of the one key and of every query head together
+  # RMSNorm of the latent
   q_head_shape = Concat <axis = 0> (lead, n_heads, rest)
   q_heads = Reshape(q, q_head_shape)
   q_width = Shape <start = 3> (q_heads)
@@ -287,16 +246,29 @@ def _body(form: FloatForm, *, int8: bool, whole: bool = False, few: bool = False
   latent = Mul(normalized, kv_norm_f)
   axis_heads = Constant <value_ints = [2]> ()
   key_head = Unsqueeze(key_t, axis_heads)
+"""
+
+# q_rotated_f [B, S, H, 2h] and key [B, S, 2h]: query heads and key rotated together, ...
+_ROTATION = f"""
   heads = Concat <axis = 2> (q_rope, key_head)
-  {ROTATE_HEADS}
+  {rotate_text("heads", "rotated")}
   one = Constant <value_ints = [1]> ()
   rotated_split = Concat <axis = 0> (n_heads, one)
   q_rotated_f, key_rotated = Split <axis = 2> (rotated, rotated_split)
   key = Squeeze(key_rotated, axis_heads)
   rows_f = Concat <axis = -1> (latent, key)
-  {store_text("q", int8=int8)}
+"""
 
-{_ABSORB_FEW.format(**parts) if few else _ABSORB.format(**parts)}
+# ... or one by one: TensorRT 8.6 compiles no graph in which they are joined.
+_ROTATION_APART = f"""
+  {rotate_text("q_rope", "q_rotated_f")}
+  {rotate_text("key_head", "key_rotated")}
+  key = Squeeze(key_rotated, axis_heads)
+  rows_f = Concat <axis = -1> (latent, key)
+"""
+
+# query [B, S*H, W]: absorbed and rotated, scaled.
+_QUERY = """
   q_rotated = CastLike(q_rotated_f, q)
   q_rope_shape = Concat <axis = 0> (batch, rest, rope)
   q_rope_flat = Reshape(q_rotated, q_rope_shape)
@@ -304,9 +276,10 @@ def _body(form: FloatForm, *, int8: bool, whole: bool = False, few: bool = False
   scale_f = Constant <value_float: float = @scale> ()
   scale_t = CastLike(scale_f, q)
   query = Mul(query_unscaled, scale_t)
+"""
 
-  # all heads of a sequence against its rows, each row read once: [B, S*H, W] x [B, W, L]
-  {past_text(int8=int8, window=False, whole=whole)}
+# All heads of a sequence against its rows, each row read once: [B, S*H, W] x [B, W, L].
+_ATTEND = f"""
   rows = Concat <axis = 1> (past, fresh)
   rows_by_channel = Transpose <perm = [0, 2, 1]> (rows)
   scores_flat = MatMul(query, rows_by_channel)
@@ -316,15 +289,51 @@ def _body(form: FloatForm, *, int8: bool, whole: bool = False, few: bool = False
   probabilities_shape = Concat <axis = 0> (batch, rest, total_1)
   probabilities_flat = Reshape(probabilities, probabilities_shape)
   mixed_rows = MatMul(probabilities_flat, rows)
-
-{_EXPAND_FEW.format(**parts) if few else _EXPAND.format(**parts)}
 """
+
+
+def _body(form: FloatForm, *, int8: bool = False) -> str:
+    absorb, expand = _ABSORB.format(**_parts(form)), _EXPAND.format(**_parts(form))
+    return f"""
+  {form.preamble}
+  {_NEW_ROWS}
+  {_ROTATION}
+  {store_text("q", int8=int8)}
+  {absorb}
+  {_QUERY}
+  {past_text(int8=int8, window=False)}
+  {_ATTEND}
+  {expand}
+"""
+
+
+def _parts(form: FloatForm) -> dict[str, str]:
+    return {
+        "round_q": form.rounded("q_nope_flat", "q_nope_rounded"),
+        "uk_matrix": form.matrix("w_uk", "w_uk_scale", "uk"),
+        "round_mixed": form.rounded("mixed_flat", "mixed_rounded", product=1),
+        "uv_matrix": form.matrix("w_uv", "w_uv_scale", "uv"),
+    }
+
+
+def _engine_body(form: FloatForm, absorb: str, expand: str) -> Body:
+    return Body(f"""
+  {form.preamble}
+  {_NEW_ROWS}
+  {_ROTATION_APART}
+  {store_text("q", int8=False)}
+  {absorb.format(**_parts(form))}
+  {_QUERY}
+  {engine_attention.masks_text(window=False)}
+  {engine_attention.ATTEND_LATENTS}
+  {expand.format(**_parts(form))}
+""")
 
 
 def _engine_bodies(form: FloatForm) -> dict[str, Body]:
     return {
-        overloads.ENGINE: Body(_body(form, int8=False, whole=True)),
-        overloads.FEW_TOKENS: Body(_body(form, int8=False, whole=True, few=True)),
+        overloads.ENGINE: _engine_body(form, engine_attention.ABSORB, engine_attention.EXPAND),
+        overloads.FEW_TOKENS: _engine_body(form, engine_attention.ABSORB_FEW, engine_attention.EXPAND_FEW),
     }
 
 
@@ -358,7 +367,7 @@ OPERATOR = Operator(
         [*shapes[0][:2], _product(shapes[4][0], shapes[4][1])],
         list(shapes[1]),
     ],
-    body=_body(FLOAT, int8=False),
+    body=_body(FLOAT),
     other_bodies=_engine_bodies(ENGINE),
 )
 
@@ -367,7 +376,7 @@ INT8_CACHE = with_int8_cache(OPERATOR, torch.ops.mythos.latent_attention_int8_ca
 QUANTIZED = quantized(
     OPERATOR,
     torch.ops.mythos.quantized_latent_attention.default,
-    _body(QuantizedForm(), int8=False),
+    _body(QuantizedForm()),
     weights=_WEIGHTS,
     other_bodies=_engine_bodies(ENGINE_QUANTIZED),
 )

@@ -79,7 +79,7 @@ def quantized_residual_linear(
 
 
 def _normalized(form: FloatForm) -> str:
-    cast = "CastLike(normed, weight)" if type(form) is FloatForm else "Identity(normed)"
+    cast = "CastLike(normed, weight)" if form is FLOAT else "Identity(normed)"
     return f"""
   {form.preamble}
   {rms_norm_text("x", "norm", "normed")}

@@ -50,11 +50,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 @dataclass(frozen=True)
 class Body:
-    """Statements of an overload; inputs and outputs: its own names for them, where they are not the operator's."""
+    """Statements of an overload; inputs: its own names for them, where they are not the operator's."""
 
     text: str
     inputs: tuple[str, ...] | None = None
-    outputs: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Operator:
 
     def _function(self, overload: str, body: Body) -> onnx.FunctionProto:
         inputs = ", ".join(body.inputs or [name for name, _, _ in self.inputs])
-        outputs = ", ".join(body.outputs or [name for name, _, _ in self.outputs])
+        outputs = ", ".join(name for name, _, _ in self.outputs)
         attributes = f"<{', '.join(self.attributes)}> " if self.attributes else ""
         function = parser.parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n'

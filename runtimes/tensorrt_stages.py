@@ -1,0 +1,188 @@
+"""The execution contexts of one form and profile of an engine, and how they are chained: prelude, loop after loop, coda.
+
+Shape letters: B batch, S new tokens, K positions with logits, C capacity and W width of the cache, D dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtimes import cuda
+from runtimes.bundle import Graph
+from runtimes.device_weights import DeviceWeights
+from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE, Plan, Profile
+from runtimes.errors import BackendError
+from runtimes.step_tensors import state_tensors
+from runtimes.tensorrt_api import DeserializedPlan, TensorRT
+
+REDUCED = ("next_token", "next_logprob", "exit_loop")  # outputs of a greedy step, in front of the block copied back
+_INPUTS = ("input_ids", "past_len", "logit_positions", "n_loops")
+_RESULTS = {
+    "prelude": frozenset({"e"}),
+    "loop": frozenset(f"{NEXT}{name}" for name in STATE),
+    "coda": frozenset({"next_token", "next_logprob", "logits"}),
+}
+_GIVEN = {
+    "prelude": frozenset({"input_ids", "past_len"}),
+    "loop": frozenset({*STATE, "e", "past_len", "loop", "n_loops"}),
+    "coda": frozenset({"result", "past_len", "logit_positions"}),
+}
+
+
+class StepShape(NamedTuple):
+    """B, S, C and K of a step, slots of its cache, and loops it runs."""
+
+    batch: int
+    seq: int
+    capacity: int
+    k: int
+    slots: int
+    loops: int
+
+    @property
+    def of_profile(self) -> dict[str, int]:
+        """The sizes that profiles limit."""
+        return {"batch": self.batch, "seq": self.seq, "capacity": self.capacity, "k": self.k}
+
+
+class Places(NamedTuple):
+    """Where a step's tensors lie in device memory. cache: [slots, B, C, W]; slot_bytes: of a slot. new_rows: [S, W] of every row of
+    the batch, a slot each row_stride bytes. state: of state_tensors. loop_numbers: 0, 1, … each cuda.ALIGNMENT bytes further.
+    tensors: of the step's inputs and outputs."""
+
+    cache: int
+    slot_bytes: int
+    new_rows: int
+    row_stride: int
+    state: Mapping[str, int]
+    loop_numbers: int
+    tensors: Mapping[str, int]
+
+
+class _Stage:
+    """An execution context for one profile of a plan; it never changes profiles."""
+
+    def __init__(self, tensorrt: TensorRT, plan: Plan, context: Any, names: frozenset[str]) -> None:
+        self._tensorrt, self.plan, self.context, self.names = tensorrt, plan, context, names
+        self.n_caches = sum(name.startswith(NEW_KV) for name in names)
+
+    def check(self, weights: DeviceWeights) -> None:
+        """Raises BackendError where the plan's tensors are not those of its stage."""
+        stage, caches = self.plan.stage, range(self.n_caches)
+        kv = {f"{PAST_KV}{index}" for index in caches} | {f"{NEW_KV}{index}" for index in caches}
+        unknown = self.names - {*weights.addresses, *_GIVEN[stage], *_RESULTS[stage], *kv}
+        missing = _RESULTS[stage] - self.names
+        if unknown or missing:
+            what = f"wants {sorted(unknown)}" if unknown else f"lacks {sorted(missing)}"
+            raise BackendError(f"{self.plan.file} {what}, which engine.json does not explain; build the engine again")
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if name in self.names:
+            self._accept(self.context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
+
+    def set_address(self, name: str, address: int) -> None:
+        if name in self.names:
+            self._accept(self.context.set_tensor_address(name, address), f"an address for {name}")
+
+    def set_caches(self, places: Places, slot: int) -> None:
+        """The caches and the new rows of its layers, which are the slots from that one on."""
+        for index in range(self.n_caches):
+            self.set_address(f"{PAST_KV}{index}", places.cache + (slot + index) * places.slot_bytes)
+            self.set_address(f"{NEW_KV}{index}", places.new_rows + (slot + index) * places.row_stride)
+
+    def enqueue(self, stream: cuda.Stream) -> None:
+        self._tensorrt.logger.last_error = ""
+        self._accept(self.context.execute_async_v3(stream.handle), "to run a step")
+
+    def _accept(self, accepted: bool, what: str) -> None:
+        if not accepted:
+            library = self._tensorrt
+            raise BackendError(f"{library.backend} {library.version} refuses {what}: {library.last_error}")
+
+
+class StageChain:
+    """The stages of a form, each with a context for the profile of that index, and the weights bound. activations: device memory
+    that all contexts share. Raises BackendError for plans that are not what the metadata says."""
+
+    def __init__(
+        self,
+        tensorrt: TensorRT,
+        plans: list[tuple[Plan, DeserializedPlan]],
+        index: int,
+        weights: DeviceWeights,
+        activations: cuda.DeviceBuffer,
+        stream: cuda.Stream,
+    ) -> None:
+        self.plan: Plan = plans[0][0]
+        self.profile: Profile = self.plan.profiles[index]
+        self._stages: dict[str, _Stage] = {}
+        for plan, deserialized in plans:
+            context = deserialized.new_context(activations.address, activations.size, index, stream.handle)
+            stage = _Stage(tensorrt, plan, context, deserialized.tensor_names)
+            stage.check(weights)
+            for name, address in weights.addresses.items():
+                stage.set_address(name, address)
+            self._stages[plan.stage] = stage
+        self._prelude, self._loop, self._coda = (self._stages[name] for name in STAGES)
+
+    def takes(self, shape: StepShape) -> bool:
+        """Whether a step of this shape is within the plans' and the profile's limits."""
+        few_enough = self.plan.max_tokens is None or shape.batch * shape.seq <= self.plan.max_tokens
+        return few_enough and all(size in getattr(self.profile, name) for name, size in shape.of_profile.items())
+
+    def set_shapes(self, shape: StepShape, graph: Graph, dim: int) -> None:
+        """For steps to come."""
+        batch, seq = shape.batch, shape.seq
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_ids": (batch, seq),
+            "past_len": (batch,),
+            "logit_positions": (batch, shape.k),
+            "n_loops": (batch,),
+            "e": (batch, seq, dim),
+            **{
+                tensor.name.removesuffix(".0"): tensor.shape for tensor in state_tensors(batch, seq, dim, np.int32)[1:5]
+            },
+        }
+        for name, stage in self._stages.items():
+            for tensor, sizes in shapes.items():
+                if tensor in _GIVEN[name]:
+                    stage.set_shape(tensor, sizes)
+            for index in range(stage.n_caches):
+                stage.set_shape(f"{PAST_KV}{index}", (batch, shape.capacity, graph.cache_width))
+
+    def set_addresses(self, shape: StepShape, graph: Graph, places: Places) -> None:
+        """Of what stays in place from loop to loop and from step to step."""
+        for name in _INPUTS:
+            for stage in self._stages.values():
+                if name in _GIVEN[stage.plan.stage]:
+                    stage.set_address(name, places.tensors[name])
+        for name in ("next_token", "next_logprob", "logits"):
+            self._coda.set_address(name, places.tensors[name])
+        self._prelude.set_address("e", places.state["e"])
+        self._loop.set_address("e", places.state["e"])
+        self._coda.set_address("result", places.state[f"result.{shape.loops % 2}"])
+        self._prelude.set_caches(places, 0)
+        self._coda.set_caches(places, shape.slots - graph.coda_slots)
+
+    def enqueue(self, shape: StepShape, graph: Graph, places: Places, stream: cuda.Stream) -> None:
+        """Puts all stages on the stream."""
+        zeros = places.state["result.0"]
+        stream.fill_zero(zeros, places.state["h.1"] - zeros)
+        self._prelude.enqueue(stream)
+        for number in range(shape.loops):
+            self._loop.set_address("loop", places.loop_numbers + number * cuda.ALIGNMENT)
+            for name in STATE:
+                given, made = f"{name}.{number % 2}", f"{name}.{(number + 1) % 2}"
+                self._loop.set_address(name, places.state["e" if name == "h" and number == 0 else given])
+                last = name == "exit_loop" and number + 1 == shape.loops
+                self._loop.set_address(f"{NEXT}{name}", places.tensors[name] if last else places.state[made])
+            self._loop.set_caches(places, graph.prelude_slots + number * graph.loop_slots)
+            self._loop.enqueue(stream)
+        used = graph.prelude_slots + shape.loops * graph.loop_slots
+        unused = shape.slots - graph.coda_slots - used  # loops that these sequences ran before and now leave out
+        if unused:
+            stream.fill_zero(places.new_rows + used * places.row_stride, unused * places.row_stride)
+        self._coda.enqueue(stream)
