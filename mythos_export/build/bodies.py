@@ -35,6 +35,42 @@ def matrix_of(name: str) -> str:
     return name
 
 
+def split_linears(model: ir.Model) -> None:
+    """Makes a NormalizedLinear whose result is taken apart one for each part: TensorRT 8.6 compiles wrongly, or not at all, what takes
+    a part of a product's part."""
+    for node in list(model.graph):
+        uses = list(node.outputs[0].uses()) if node.op_type.endswith("NormalizedLinear") else []
+        if len(uses) != 1 or uses[0].node.op_type != "Split" or node.outputs[0].is_graph_output():
+            continue
+        split = uses[0].node
+        sizes = [int(part.shape[-1]) for part in split.outputs if part.shape is not None]
+        if len(sizes) != len(split.outputs):
+            raise BackendError(f"{split.name}: parts without a shape; export the checkpoint again")
+        for index, part in enumerate(split.outputs):
+            rows = range(sum(sizes[:index]), sum(sizes[: index + 1]))
+            inputs = [_rows(model, value, rows, sum(sizes)) for value in node.inputs]
+            attributes = node.attributes.values()
+            one = ir.Node(
+                node.domain, node.op_type, inputs, attributes, overload=node.overload, name=f"{node.name}.{index}"
+            )
+            one.outputs[0].shape, one.outputs[0].type = part.shape, node.outputs[0].type
+            node.graph.insert_before(split, one)
+            ir.convenience.replace_all_uses_with(part, one.outputs[0])
+        node.graph.remove([split, node], safe=True)
+
+
+def _rows(model: ir.Model, value: ir.Value | None, rows: range, n_rows: int) -> ir.Value | None:
+    """Those rows of a matrix (or of its scales) that has n_rows of them; anything else as it is."""
+    tensor = None if value is None else value.const_value
+    if value is None or not isinstance(tensor, ir.ExternalTensor) or len(tensor.shape) < 2 or tensor.shape[0] != n_rows:
+        return value
+    row_bytes = (tensor.length or tensor.nbytes) // n_rows
+    part = seen_as(tensor, tensor.dtype, [len(rows), *_static(value)[1:]], rows.start * row_bytes)
+    of_rows = initializer(model.graph, f"{value.name}.{rows.start}", part)
+    of_rows.type = value.type
+    return of_rows
+
+
 def _choose(model: ir.Model, node: ir.Node, form: str) -> None:
     given = dict(zip(input_names(model, node), node.inputs, strict=True))
     overload = _overload(model, node, form, given)

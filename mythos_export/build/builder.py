@@ -126,5 +126,6 @@ def _inspect(tensorrt: TensorRT, plan: bytes, report: list[str]) -> tuple[dict[s
     except BackendError:
         return {"Layers": report}, 0
     information = tensorrt.module.LayerInformationFormat.JSON
-    layers = json.loads(deserialized.engine.create_engine_inspector().get_engine_information(information))
+    text = deserialized.engine.create_engine_inspector().get_engine_information(information)
+    layers = json.loads(text, strict=False)  # 8.6 writes names with control characters
     return layers, deserialized.activation_bytes

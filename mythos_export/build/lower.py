@@ -20,7 +20,7 @@ import onnxscript.optimizer
 from onnx_ir.passes import common as passes
 
 from mythos_export import overloads
-from mythos_export.build.bodies import choose_bodies, input_names, matrix_of
+from mythos_export.build.bodies import choose_bodies, input_names, matrix_of, split_linears
 from mythos_export.build.dialect import to_old_parser
 from mythos_export.build.initializers import integers
 from mythos_export.build.quantized import lower_quantized
@@ -73,6 +73,8 @@ def lower(
 
 
 def _lower_stage(model: ir.Model, dtype: ir.DataType, sizes: Mapping[str, int], old_parser: bool) -> Lowered:
+    if old_parser:
+        split_linears(model)
     _fix_sizes(model, sizes)
     _set_dtype(model, dtype)
     _hold_small(model)
@@ -85,6 +87,7 @@ def _lower_stage(model: ir.Model, dtype: ir.DataType, sizes: Mapping[str, int], 
     _fold(model)
     for value in [value for value in model.graph.inputs if not value.uses()]:
         model.graph.inputs.remove(value)
+        weights.pop(value.name or "", None)
     _check_standard(model)
     if old_parser:
         to_old_parser(model)

@@ -129,11 +129,10 @@ ABSORB_FEW = """
   q_nope_flat = Identity(q_nope)
   {round_q}
   {uk_matrix}
-  uk_f = Cast <to = 1> (uk)
-  q_nope_f = Cast <to = 1> (q_nope_rounded)
   q_nope_axis = Constant <value_ints = [3]> ()
-  q_nope_rows = Unsqueeze(q_nope_f, q_nope_axis)
-  absorbed_terms = Mul(q_nope_rows, uk_f)
+  q_nope_rows = Unsqueeze(q_nope_rounded, q_nope_axis)
+  absorbed_terms_t = Mul(q_nope_rows, uk)
+  absorbed_terms = Cast <to = 1> (absorbed_terms_t)
   q_absorbed_f = ReduceSum <keepdims = 0> (absorbed_terms, rest)
   q_absorbed = CastLike(q_absorbed_f, q)
   q_latent_shape = Concat <axis = 0> (batch, rest, rank)
@@ -146,11 +145,10 @@ EXPAND_FEW = """
   mixed_flat = Reshape(mixed_latent, mixed_heads_shape)
   {round_mixed}
   {uv_matrix}
-  uv_f = Cast <to = 1> (uv)
-  mixed_f = Cast <to = 1> (mixed_rounded)
   mixed_axis = Constant <value_ints = [3]> ()
-  mixed_columns = Unsqueeze(mixed_f, mixed_axis)
-  value_terms = Mul(mixed_columns, uv_f)
+  mixed_columns = Unsqueeze(mixed_rounded, mixed_axis)
+  value_terms_t = Mul(mixed_columns, uv)
+  value_terms = Cast <to = 1> (value_terms_t)
   values_f = ReduceSum <keepdims = 0> (value_terms, rest)
   values = CastLike(values_f, q)
   y_shape = Concat <axis = 0> (lead, rest)

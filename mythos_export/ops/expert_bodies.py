@@ -148,14 +148,14 @@ def portable_body(form: FloatForm) -> str:
 
 _GATHER_SCALE = "chosen_{0}_s = Gather <axis = 0> ({0}_scale, chosen)"
 
-# routed [N, D]: a chosen expert's rows times the token, summed; a compiler that fuses the three never writes what it gathers.
+# routed [N, D]: a chosen expert's rows times the token, summed in float32; a compiler that fuses the three never writes what it
+# gathers. A cast before the product would make TensorRT 8.6 cast all experts in every step.
 _FEW_TOKENS = """
-  gathered_gate_up_t = Gather <axis = 0> (routed_inner_w, routed_chosen)
-  gathered_gate_up = Cast <to = 1> (gathered_gate_up_t)
+  gathered_gate_up = Gather <axis = 0> (routed_inner_w, routed_chosen)
   token_axes = Constant <value_ints = [1, 2]> ()
-  token_f = Cast <to = 1> (token_rounded)
-  token_row = Unsqueeze(token_f, token_axes)
-  gate_up_terms = Mul(gathered_gate_up, token_row)
+  token_row = Unsqueeze(token_rounded, token_axes)
+  gate_up_terms_t = Mul(gathered_gate_up, token_row)
+  gate_up_terms = Cast <to = 1> (gate_up_terms_t)
   term_axis = Constant <value_ints = [-1]> ()
   inner = ReduceSum <keepdims = 0> (gate_up_terms, term_axis)
   gate, up = Split <axis = 2, num_outputs = 2> (inner)
@@ -164,12 +164,11 @@ _FEW_TOKENS = """
   activated_f = Mul(gate_silu, up)
   activated = CastLike(activated_f, routed_inner_w)
   {round_activated}
-  gathered_down_t = Gather <axis = 0> (routed_outer_w, routed_chosen)
-  gathered_down = Cast <to = 1> (gathered_down_t)
-  activated_rounded_f = Cast <to = 1> (activated_rounded)
+  gathered_down = Gather <axis = 0> (routed_outer_w, routed_chosen)
   activated_axis = Constant <value_ints = [2]> ()
-  activated_row = Unsqueeze(activated_rounded_f, activated_axis)
-  down_terms = Mul(gathered_down, activated_row)
+  activated_row = Unsqueeze(activated_rounded, activated_axis)
+  down_terms_t = Mul(gathered_down, activated_row)
+  down_terms = Cast <to = 1> (down_terms_t)
   outer = ReduceSum <keepdims = 0> (down_terms, term_axis)
   weight_column = Unsqueeze(routed_weight, term_axis)
   weighted = Mul(outer, weight_column)
