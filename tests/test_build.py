@@ -27,7 +27,7 @@ from mythos_export.quantize.bundle import Text
 from runtimes import tensorrt_api
 from runtimes.backend import StepInput, StepOutput
 from runtimes.bundle import Graph, open_bundle
-from runtimes.engines import check, read_engine
+from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE, check, read_engine
 from runtimes.runner import Runner, load
 
 FORMS = (FEW_TOKENS, MANY_TOKENS)
@@ -40,30 +40,52 @@ PROSE = "ROMEO.\nBut soft, what light through yonder window breaks? It is the ea
 
 
 class InOnnxruntime:
-    """A lowered graph in onnxruntime, fed with the weights that an engine would read."""
+    """Lowered stages in onnxruntime, chained as a runner chains them, fed with the weights that an engine would read."""
 
-    def __init__(self, lowered: Lowered, folder: Path, dtype: str) -> None:
+    def __init__(self, stages: dict[str, Lowered], folder: Path, dtype: str) -> None:
+        self.dtype, self.weights = FLOATS[dtype], dict[str, np.ndarray]()
+        self.sessions = {name: self._session(lowered, folder) for name, lowered in stages.items()}
+
+    def _session(self, lowered: Lowered, folder: Path) -> onnxruntime.InferenceSession:
         path = folder / "lowered.onnx"  # beside the weights that its constants lie in
         ir.save(lowered.model, path)
         onnx.checker.check_model(path, full_check=True)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # compute as the graph says
-        self.session, self.dtype = onnxruntime.InferenceSession(path, options), FLOATS[dtype]
-        types = {value.name: value.type for value in self.session.get_inputs()}
-        self.names = [name for name in types if name not in lowered.weights]
-        self.weights = {name: tensor.numpy().astype(TYPES[types[name]]) for name, tensor in lowered.weights.items()}
+        session = onnxruntime.InferenceSession(path, options)
+        types = {value.name: value.type for value in session.get_inputs()}
+        self.weights |= {name: tensor.numpy().astype(TYPES[types[name]]) for name, tensor in lowered.weights.items()}
         path.unlink()
+        return session
 
     def run(self, step: StepInput) -> dict[str, np.ndarray]:
-        step = step._replace(past_kv=step.past_kv.astype(self.dtype))
-        feeds = {name: getattr(step, name) for name in self.names}
-        outputs = self.session.run(None, {**feeds, **self.weights})
-        return dict(zip((value.name for value in self.session.get_outputs()), outputs, strict=True))
+        given = {**self.weights, **step._asdict()}
+        cache, rows = step.past_kv.astype(self.dtype), []
+        e = self._stage("prelude", given, cache, rows)["e"]
+        zeros = np.zeros_like(e[..., :1])
+        state = dict(zip(STATE, (e, np.zeros_like(e), zeros, zeros.astype(np.int64)), strict=True))
+        for loop in range(int(step.n_loops.max())):
+            made = self._stage("loop", {**given, **state, "e": e, "loop": np.array(loop)}, cache[len(rows) :], rows)
+            state = {name: made[NEXT + name] for name in STATE}
+        outputs = self._stage("coda", {**given, "result": state["result"]}, cache[len(rows) :], rows)
+        return {**outputs, "new_kv": np.stack(rows), "exit_loop": state["exit_loop"][..., 0]}
+
+    def _stage(
+        self, name: str, given: dict[str, np.ndarray], cache: np.ndarray, rows: list[np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        session = self.sessions[name]
+        wanted = [value.name for value in session.get_inputs()]
+        caches = [value for value in wanted if value.startswith(PAST_KV)]
+        feeds = {value: given[value] for value in wanted if value not in caches}
+        outputs = session.run(None, {**feeds, **dict(zip(caches, cache, strict=False))})
+        named = dict(zip((value.name for value in session.get_outputs()), outputs, strict=True))
+        rows += [named[f"{NEW_KV}{index}"] for index in range(len(caches))]
+        return named
 
 
 class Case(NamedTuple):
-    """A bundle, and a step of two sequences whose dead cache rows are NaN, and what the bundle makes of it."""
+    """A bundle, and a step of two sequences, and what the bundle makes of it."""
 
     folder: Path
     graph: Graph
@@ -81,7 +103,7 @@ def step_of(graph: Graph) -> StepInput:
     rng = np.random.default_rng(0)
     loops = np.array([4, 7]) if graph.loops is None else np.full(B, graph.loops)
     past_len, slots = np.array([5, 17]), graph.slots(int(loops.max()))
-    past = np.full((slots, B, C, graph.cache_width), np.nan, np.float32)
+    past = np.full((slots, B, C, graph.cache_width), 7.5, np.float32)  # dead rows are any finite numbers
     for row, length in enumerate(past_len):
         past[:, row, :length] = rng.standard_normal((slots, length, graph.cache_width)) * 0.5
     ids = rng.integers(0, graph.vocab_size, (B, S))
@@ -118,27 +140,47 @@ def quantized(fixed_bundle: Path, text: Path, tmp_path_factory: pytest.TempPathF
     ("kind", "dtype"),
     [("fixed_bundle", "float32"), ("tiny_bundle", "float32"), ("tiny_bundle", "float16"), ("gqa_bundle", "float32")],
 )
-def test_a_lowered_graph_computes_what_the_bundle_does(request: pytest.FixtureRequest, kind: str, dtype: str) -> None:
+def test_lowered_stages_compute_what_the_bundle_does(request: pytest.FixtureRequest, kind: str, dtype: str) -> None:
     case = case_of(request.getfixturevalue(kind))
     for form in FORMS:
         for old_parser in (False, True) if dtype == "float32" else (False,):
-            lowered = lower(case.folder, case.graph, dtype, form=form, old_parser=old_parser)
-            check_standard(lowered, old_parser)
-            check_outputs(InOnnxruntime(lowered, case.folder, dtype).run(case.step), case, dtype)
+            stages = lower(case.folder, case.graph, dtype, form=form, old_parser=old_parser)
+            check_standard(stages, old_parser)
+            check_outputs(InOnnxruntime(stages, case.folder, dtype).run(case.step), case, dtype)
 
 
-def check_standard(lowered: Lowered, old_parser: bool) -> None:
-    """Standard operators, no branches, every matrix an input."""
-    nodes = list(ir.traversal.RecursiveGraphIterator(lowered.model.graph))
-    assert {node.domain for node in nodes} <= {""}
-    assert not [node for node in nodes if node.op_type == "If"]
-    assert not lowered.model.functions
-    assert lowered.model.opset_imports[""] == (17 if old_parser else 21)
-    inputs = {value.name for value in lowered.model.graph.inputs}
-    assert set(lowered.weights) <= inputs
+def check_standard(stages: dict[str, Lowered], old_parser: bool) -> None:
+    """Standard operators, no branches, no loops, every matrix an input."""
+    assert list(stages) == list(STAGES)
+    inputs = set()
+    for lowered in stages.values():
+        nodes = list(ir.traversal.RecursiveGraphIterator(lowered.model.graph))
+        assert {node.domain for node in nodes} <= {""}
+        assert not [node for node in nodes if node.op_type in ("If", "Loop")]
+        assert not lowered.model.functions
+        assert lowered.model.opset_imports[""] == (17 if old_parser else 21)
+        own = {value.name for value in lowered.model.graph.inputs}
+        assert set(lowered.weights) <= own
+        inputs |= own
+        large = [value for value in lowered.model.graph.initializers.values() if value.const_value.nbytes >= 1 << 16]
+        assert not [value.name for value in large if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
     assert {"embed", "recurrent.layers.0.ffn.gate_up.routed", "recurrent.layers.0.ffn.down.routed"} <= inputs
-    large = [value for value in lowered.model.graph.initializers.values() if value.const_value.nbytes >= 1 << 16]
-    assert not [value.name for value in large if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
+
+
+def test_the_loop_is_the_same_whether_its_count_is_fixed_or_not(fixed_bundle: Path, tiny_bundle: Path) -> None:
+    graphs = []
+    for folder in (fixed_bundle, tiny_bundle):
+        stages = lower(folder, open_bundle(folder)[1].graphs[0], "float32", form=FEW_TOKENS)
+        graphs.append([node.op_type for node in stages["loop"].model.graph])
+    assert graphs[0] == graphs[1]
+
+
+def test_sizes_that_never_change_are_fixed(fixed_bundle: Path) -> None:
+    graph, one = open_bundle(fixed_bundle)[1].graphs[0], {"batch": 1, "seq": 1, "k": 1}
+    for lowered in lower(fixed_bundle, graph, "float32", form=FEW_TOKENS, sizes=one).values():
+        shapes = [value.shape for value in lowered.model.graph.inputs if value.name not in lowered.weights]
+        free = {str(dim) for shape in shapes for dim in shape if not isinstance(dim, int)}
+        assert free == {"capacity"}
 
 
 def check_outputs(outputs: dict[str, np.ndarray], case: Case, dtype: str) -> None:
@@ -156,19 +198,21 @@ def check_outputs(outputs: dict[str, np.ndarray], case: Case, dtype: str) -> Non
 def test_dead_cache_rows_change_nothing(fixed_bundle: Path) -> None:
     folder, graph = fixed_bundle, open_bundle(fixed_bundle)[1].graphs[0]
     step = step_of(graph)
+    live = np.arange(C) < step.past_len[:, None]
     for form in FORMS:
-        session = InOnnxruntime(lower(folder, graph, "float32", form=form), folder, "float32")
-        with_nan, with_zeros = session.run(step), session.run(step._replace(past_kv=np.nan_to_num(step.past_kv)))
-        for name, output in with_nan.items():
+        stages = InOnnxruntime(lower(folder, graph, "float32", form=form), folder, "float32")
+        with_numbers = stages.run(step)
+        with_zeros = stages.run(step._replace(past_kv=np.where(live[..., None], step.past_kv, np.float32(0))))
+        for name, output in with_numbers.items():
             np.testing.assert_array_equal(output, with_zeros[name], err_msg=f"{form} {name}")
 
 
 def test_of_equal_logits_the_lowest_id_is_the_next_token(fixed_bundle: Path) -> None:
     graph = open_bundle(fixed_bundle)[1].graphs[0]
-    session = InOnnxruntime(lower(fixed_bundle, graph, "float32", form=MANY_TOKENS), fixed_bundle, "float32")
-    for name in session.weights:
-        session.weights[name] = np.zeros_like(session.weights[name])
-    outputs = session.run(step_of(graph))
+    stages = InOnnxruntime(lower(fixed_bundle, graph, "float32", form=MANY_TOKENS), fixed_bundle, "float32")
+    for name in stages.weights:
+        stages.weights[name] = np.zeros_like(stages.weights[name])
+    outputs = stages.run(step_of(graph))
     assert not outputs["logits"].any()
     assert not outputs["next_token"].any()
     np.testing.assert_allclose(outputs["next_logprob"], -np.log(graph.vocab_size), rtol=1e-5)
@@ -182,9 +226,9 @@ def test_a_lowered_quantized_graph_predicts_as_the_bundle_does(quantized: dict[s
         step, graph = first_step(runner, PROSE), runner.graph
         expected = runner.run_step(step)
     for form in FORMS:
-        lowered = lower(folder, graph, "float32", form=form)
+        stages = lower(folder, graph, "float32", form=form)
         past = np.zeros(step.past_kv.shape, np.float32)
-        outputs = InOnnxruntime(lowered, folder, "float32").run(step._replace(past_kv=past))
+        outputs = InOnnxruntime(stages, folder, "float32").run(step._replace(past_kv=past))
         assert kl_mean(expected.logits, outputs["logits"]) < 0.01, form
 
 
@@ -233,7 +277,7 @@ def check_layers(folder: Path, model: dict[str, Any]) -> None:
         f"{experts['top_k']},{rows},{columns}"
         for rows, columns in ((2 * experts["expert_dim"], dim), (dim, experts["expert_dim"]))
     ]
-    layers = json.loads((folder / "few_tokens.layers.json").read_text())["Layers"]
+    layers = json.loads((folder / "few_tokens.loop.layers.json").read_text())["Layers"]
     kinds = {kind.lower() for layer in layers for kind in re.findall(r"LayerType: (\w+)", layer)}
     assert not kinds & {"cast", "reformat", "reorder"}
     reads = [layer for layer in layers if ".routed," in layer.partition("Outputs:")[0]]
@@ -252,7 +296,7 @@ def test_build(
     assert code == 0, err
     built, (folder,) = json.loads(out), (bundle / "engines").iterdir()
     assert {path.name for path in folder.iterdir()} == {
-        "engine.json", *(f"{form}.{kind}" for form in FORMS for kind in ("plan", "layers.json"))
+        "engine.json", *(f"{form}.{stage}.{kind}" for form in FORMS for stage in STAGES for kind in ("plan", "layers.json"))
     }  # fmt: skip
     check(folder, read_engine(folder), open_bundle(bundle)[1])
     check_layers(folder, open_bundle(bundle)[1].model)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from mythos_export.build import check
+from runtimes.bundle import open_bundle
+from runtimes.engines import read_engine
 from runtimes.errors import BackendError
 from runtimes.runner import Runner
 
 
 def test_an_engine_that_agrees_stays(engine: Path, own_bundle: Path) -> None:
-    agreement = check.check_engine(own_bundle, engine.name)
+    agreement = check.check_engine(own_bundle, open_bundle(own_bundle)[1], engine.name, read_engine(engine))
     assert agreement.mean_kl < 1e-6
     assert agreement.top1 == 1.0
     assert agreement.tokens > 100
@@ -34,4 +36,4 @@ def test_an_engine_that_does_not_is_refused(
 
     monkeypatch.setattr(check, "_logits", logits)
     with pytest.raises(BackendError, match=r"computes something else than onnxruntime: mean KL .*was not kept"):
-        check.check_engine(own_bundle, engine.name)
+        check.check_engine(own_bundle, open_bundle(own_bundle)[1], engine.name, read_engine(engine))

@@ -162,25 +162,25 @@ def other_weights(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -
 
 
 def a_flipped_byte(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    flip(folder / "many_tokens.plan")
+    flip(folder / "many_tokens.loop.plan")
 
 
 def a_foreign_plan(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    flip(folder / "many_tokens.plan", at=0)
+    flip(folder / "many_tokens.loop.plan", at=0)
     rehash(folder)
 
 
 def a_missing_plan(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    (folder / "many_tokens.plan").unlink()
+    (folder / "many_tokens.loop.plan").unlink()
 
 
 def a_short_plan(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    path = folder / "many_tokens.plan"
+    path = folder / "many_tokens.loop.plan"
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def a_linked_plan(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    path = folder / "many_tokens.plan"
+    path = folder / "many_tokens.loop.plan"
     path.symlink_to(path.rename(folder.parent / "elsewhere"))
 
 
@@ -200,7 +200,7 @@ def damaged_metadata(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch
 
 def a_path_that_leaves(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
     plan = read_engine(folder).plans[0]
-    rewrite(folder, plans=(msgspec.structs.replace(plan, file="../many_tokens.plan", form="many_tokens"),))
+    rewrite(folder, plans=(msgspec.structs.replace(plan, file="../many_tokens.loop.plan", form="many_tokens"),))
 
 
 def a_weight_outside(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -225,24 +225,32 @@ REASONS = [
     (another_version, "built with tensorrt 8.6.1, 8.6.2 is installed", BackendError),
     (another_graph, "stale: decoder.onnx is not the graph it was built from; build it again", BundleError),
     (other_weights, "stale: weights.bin does not hold the weights it was built from", BundleError),
-    (a_flipped_byte, "many_tokens.plan: sha256 .* does not match engine.json's .*: the file was changed", BundleError),
     (
-        a_foreign_plan,
-        "many_tokens.plan: begins with b'gtrt', plans of tensorrt with b'ftrt': this is none",
+        a_flipped_byte,
+        "many_tokens.loop.plan: sha256 .* does not match engine.json's .*: the file was changed",
         BundleError,
     ),
-    (a_missing_plan, "many_tokens.plan: cannot be read", BundleError),
-    (a_short_plan, r"many_tokens.plan: \d+ bytes, engine.json says \d+; copy the engine again", BundleError),
-    (a_linked_plan, "many_tokens.plan: is a link", BundleError),
+    (
+        a_foreign_plan,
+        "many_tokens.loop.plan: begins with b'gtrt', plans of tensorrt with b'ftrt': this is none",
+        BundleError,
+    ),
+    (a_missing_plan, "many_tokens.loop.plan: cannot be read", BundleError),
+    (a_short_plan, r"many_tokens.loop.plan: \d+ bytes, engine.json says \d+; copy the engine again", BundleError),
+    (a_linked_plan, "many_tokens.loop.plan: is a link", BundleError),
     (a_linked_engine, "float32: is a link", BundleError),
     (linked_engines, "engines: is a link", BundleError),
     (damaged_metadata, "engine.json: damaged", BundleError),
     (
         a_path_that_leaves,
-        "names '../many_tokens.plan', which is no plain file name; do not use this engine",
+        "names '../many_tokens.loop.plan', which is no plain file name; do not use this engine",
         BundleError,
     ),
-    (a_weight_outside, "weight 'embed' lies outside 'weights.bin'; do not use this engine", BundleError),
+    (
+        a_weight_outside,
+        "weight 'prelude.0.attn.out.weight' lies outside 'weights.bin'; do not use this engine",
+        BundleError,
+    ),
     (a_refused_plan, "tensorrt 8.6.1 refuses the plan: the plan was made by another version", BackendError),
 ]
 
@@ -277,7 +285,10 @@ def test_a_plan_that_wants_more_than_the_metadata_has(engine: Path, own_bundle: 
     """And one that wants less: TensorRT may drop an input that nothing reads."""
     weights = read_engine(engine).weights
     rewrite(engine, weights=weights[1:])
-    with pytest.raises(BackendError, match=r"few_tokens\.plan wants \['embed'\], which engine.json does not explain"):
+    with pytest.raises(
+        BackendError,
+        match=r"few_tokens\.prelude\.plan wants \['prelude\.0\.attn\.out\.weight'\], which engine.json does not explain",
+    ):
         load(own_bundle, "tensorrt")
     rewrite(engine, weights=(*weights, msgspec.structs.replace(weights[0], name="unread")))
     with load(own_bundle, "tensorrt") as runner:
@@ -320,6 +331,6 @@ def test_the_bundles_own_dtype_comes_first_then_the_fastest(engine: Path, own_bu
     shutil.rmtree(engine)
     with load(own_bundle) as runner:
         assert (runner.engine, runner.graph.dtype) == ("float16", "float16")
-    flip(engine.parent / "float16" / "many_tokens.plan")
+    flip(engine.parent / "float16" / "many_tokens.loop.plan")
     with load(own_bundle) as runner:
         assert runner.engine == "bfloat16"
