@@ -160,10 +160,13 @@ class TensorRT:
         config.set_timing_cache(cache, ignore_mismatch=False)
         return cache
 
-    def set_progress(self, config: Any, progress: Callable[[str, int, int], None]) -> None:
-        """Reports phases of a build (their name, steps done, steps in all), where the library tells them."""
-        if self.capabilities.progress_monitor:
-            config.progress_monitor = _monitor(self.module, progress)
+    def set_progress(self, config: Any, progress: Callable[[str, int, int], None]) -> Callable[[], None]:
+        """Reports phases of a build (their name, steps done, steps in all), where the library tells them. What `progress` raises
+        ends the build, and so does an interrupt; the function that is returned raises it again afterwards."""
+        if not self.capabilities.progress_monitor:
+            return lambda: None
+        config.progress_monitor = monitor = _monitor(self.module, progress)
+        return monitor.raise_error  # type: ignore[no-any-return]
 
 
 def _monitor(module: Any, progress: Callable[[str, int, int], None]) -> Any:
@@ -171,18 +174,29 @@ def _monitor(module: Any, progress: Callable[[str, int, int], None]) -> Any:
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}
+            self._error: BaseException | None = None
+
+        def _tell(self, name: str, done: int) -> None:
+            try:
+                progress(name, done, self._steps[name])
+            except BaseException as error:  # noqa: BLE001 (lost in the library; raise_error raises it)
+                self._error = error
 
         def phase_start(self, name: str, parent: str | None, n_steps: int) -> None:
             self._steps[name] = n_steps
             if parent is None:
-                progress(name, 0, n_steps)
+                self._tell(name, 0)
 
         def step_complete(self, name: str, step: int) -> bool:
-            progress(name, step + 1, self._steps[name])
-            return True
+            self._tell(name, step + 1)
+            return self._error is None
 
         def phase_finish(self, name: str) -> None:
             self._steps.pop(name, None)
+
+        def raise_error(self) -> None:
+            if self._error is not None:
+                raise self._error
 
     return Monitor()
 

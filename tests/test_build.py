@@ -1,4 +1,4 @@
-"""Engines from bundles: lowered graphs compute what the bundle does; TensorRT-RTX builds them without a GPU.
+"""Engines from bundles: lowered graphs compute what the bundle does.
 
 Shape letters: B batch, S new tokens, C capacity of the cache, W its width, V vocab_size.
 """
@@ -6,11 +6,8 @@ Shape letters: B batch, S new tokens, C capacity of the cache, W its width, V vo
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -18,16 +15,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from mythos_export import cli
 from mythos_export.build.lower import Lowered, lower
 from mythos_export.export import export_bundle
 from mythos_export.overloads import FEW_TOKENS, MANY_TOKENS
 from mythos_export.quantize import quantize_bundle
 from mythos_export.quantize.bundle import Text
-from runtimes import tensorrt_api
 from runtimes.backend import StepInput, StepOutput
 from runtimes.bundle import Graph, open_bundle
-from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE, check, read_engine
+from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE
 from runtimes.runner import Runner, load
 
 FORMS = (FEW_TOKENS, MANY_TOKENS)
@@ -247,84 +242,3 @@ def kl_mean(of: np.ndarray, other: np.ndarray) -> float:
         logits - np.log(np.exp(logits).sum(-1, keepdims=True)) for logits in (of.astype(float), other.astype(float))
     ]
     return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
-
-
-# TensorRT-RTX
-
-
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command."""
-    monkeypatch.setattr(sys, "argv", ["mythos-export", *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code or 0, *capsys.readouterr()
-
-
-@pytest.fixture
-def rtx() -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx, which builds engines without a GPU")
-    tensorrt_api.find.cache_clear()
-
-
-BUILD = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--max-context", 256, "--max-seq", 16)
-
-
-def check_layers(folder: Path, model: dict[str, Any]) -> None:
-    """In the plan for few tokens, chosen experts are read by the kernels that multiply with them: no layer hands on what was
-    gathered, and none only casts or reorders."""
-    experts, dim = model["loop_layers"][0]["feed_forward"], model["dim"]
-    gathered = [
-        f"{experts['top_k']},{rows},{columns}"
-        for rows, columns in ((2 * experts["expert_dim"], dim), (dim, experts["expert_dim"]))
-    ]
-    layers = json.loads((folder / "few_tokens.loop.layers.json").read_text())["Layers"]
-    kinds = {kind.lower() for layer in layers for kind in re.findall(r"LayerType: (\w+)", layer)}
-    assert not kinds & {"cast", "reformat", "reorder"}
-    reads = [layer for layer in layers if ".routed," in layer.partition("Outputs:")[0]]
-    assert reads
-    for layer in reads:
-        for shape in re.findall(r"Dimensions: \[([-\d,]*)\]", layer.partition("Outputs:")[2]):
-            assert not shape.endswith(tuple(gathered)), layer
-
-
-@pytest.mark.usefixtures("rtx")
-def test_build(
-    fixed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bundle = shutil.copytree(fixed_bundle, tmp_path / "bundle")
-    code, out, err = call(monkeypatch, capsys, "build", bundle, *BUILD, "--dtype", "float16", "--json")
-    assert code == 0, err
-    built, (folder,) = json.loads(out), (bundle / "engines").iterdir()
-    assert {path.name for path in folder.iterdir()} == {
-        "engine.json", *(f"{form}.{stage}.{kind}" for form in FORMS for stage in STAGES for kind in ("plan", "layers.json"))
-    }  # fmt: skip
-    check(folder, read_engine(folder), open_bundle(bundle)[1])
-    check_layers(folder, open_bundle(bundle)[1].model)
-    for command in (("build", bundle, "--list"), ("inspect", bundle)):
-        code, out, _ = call(monkeypatch, capsys, *command, "--json")
-        assert (code, json.loads(out)["engines"]) == (0, [built])
-    code, _, err = call(monkeypatch, capsys, "build", bundle, *BUILD, "--dtype", "float16")
-    assert (code, "--force" in err) == (2, True)
-    assert [path.name for path in (bundle / "engines").iterdir()] == [built["key"]]
-
-
-@pytest.mark.usefixtures("rtx")
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--compute-capability", "8.7"), "expected any of"),
-        (("--max-context", "513"), "the model has positions for 512"),
-    ],
-)
-def test_what_cannot_be_built_leaves_nothing(
-    fixed_bundle: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, str],
-    message: str,
-) -> None:
-    bundle = shutil.copytree(fixed_bundle, tmp_path / "bundle")
-    code, _, err = call(monkeypatch, capsys, "build", bundle, *BUILD, *options)
-    assert (code, message in err) == (2, True), err
-    assert not (bundle / "engines").is_dir() or not list((bundle / "engines").iterdir())

@@ -36,8 +36,8 @@ def matrix_of(name: str) -> str:
 
 
 def split_linears(model: ir.Model) -> None:
-    """Makes a NormalizedLinear whose result is taken apart one for each part: TensorRT 8.6 compiles wrongly, or not at all, what takes
-    a part of a product's part."""
+    """Makes a NormalizedLinear whose result is taken apart one for each part: TensorRT 8.6 compiles wrongly, or not at all, what
+    takes a part of a product's part."""
     for node in list(model.graph):
         uses = list(node.outputs[0].uses()) if node.op_type.endswith("NormalizedLinear") else []
         if len(uses) != 1 or uses[0].node.op_type != "Split" or node.outputs[0].is_graph_output():

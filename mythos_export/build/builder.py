@@ -51,11 +51,12 @@ def build_plan(
         cache = _configure(tensorrt, config, network, options, timing_cache)
         for profile in profiles:
             config.add_optimization_profile(_optimization_profile(builder, network, lowered, profile))
-        if progress is not None:
-            tensorrt.set_progress(config, progress)
+        raise_error = tensorrt.set_progress(config, progress) if progress is not None else None
         tensorrt.choose_way(config, way)
         with tensorrt.logger.layers_reported() as report:
             plan = builder.build_serialized_network(network, config)
+        if raise_error is not None:
+            raise_error()
         if plan is not None:
             layers, activation_bytes = _inspect(tensorrt, bytes(plan), report)
             return BuiltPlan(bytes(plan), layers, activation_bytes, b"" if cache is None else bytes(cache.serialize()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from mythos_export import overloads
 from mythos_export.ops.engine_forms import small_product
 from mythos_export.ops.operator import Body
-from mythos_export.ops.products import FLOAT, FloatForm, PackedForm, flat_text, rms_norm_text
+from mythos_export.ops.products import FLOAT, FloatForm, PackedForm, QuantizedForm, flat_text, rms_norm_text
 
 # Gathering copies every chosen expert, walking over the experts costs a fixed time each. Where the copies exceed
 # this many numbers of gate_up for every expert there is, walking is faster (measured for dim 128 to 1024 on two CPU threads).
@@ -214,9 +214,26 @@ _DENSE = """
   {part}_activated_by_token = Mul({part}_silu, {part}_up)
   {part}_activated = Transpose <perm = [1, 0, 2]> ({part}_activated_by_token)
   {round_activated}
+  {outer}
+"""
+
+_OUTER_PRODUCT = """
   {part}_columns = Transpose <perm = [0, 2, 1]> ({part}_outer_w)
   {part}_outer_t = MatMul({part}_rounded, {part}_columns)
   {part}_outer = Cast <to = 1> ({part}_outer_t)
+"""
+
+# The same for few tokens: a compiler that fuses it reads quantized experts as they are stored, where it would dequantize them in
+# memory for a product of stacks.
+_OUTER_TERMS = """
+  {part}_outer_axis = Constant <value_ints = [1]> ()
+  {part}_outer_rows = Unsqueeze({part}_outer_w, {part}_outer_axis)
+  {part}_hidden_axis = Constant <value_ints = [2]> ()
+  {part}_hidden_row = Unsqueeze({part}_rounded, {part}_hidden_axis)
+  {part}_outer_terms_t = Mul({part}_outer_rows, {part}_hidden_row)
+  {part}_outer_terms = Cast <to = 1> ({part}_outer_terms_t)
+  {part}_outer_last = Constant <value_ints = [-1]> ()
+  {part}_outer = ReduceSum <keepdims = 0> ({part}_outer_terms, {part}_outer_last)
 """
 
 _SHARED = """
@@ -225,9 +242,9 @@ _SHARED = """
 """
 
 
-def _dense(part: str, form: FloatForm) -> str:
+def _dense(part: str, form: FloatForm, outer: str = _OUTER_PRODUCT) -> str:
     rounded = form.rounded(f"{part}_activated", f"{part}_rounded", product=1)
-    return _DENSE.format(part=part, round_activated=rounded)
+    return _DENSE.format(part=part, round_activated=rounded, outer=outer.format(part=part))
 
 
 def _engine_text(form: FloatForm, *, few: bool, shared: bool) -> str:
@@ -237,6 +254,7 @@ def _engine_text(form: FloatForm, *, few: bool, shared: bool) -> str:
         + form.matrix(f"down_{part}", f"down_{part}_scale", f"{part}_outer_w")
         for part in parts
     )
+    outer = _OUTER_TERMS if few and isinstance(form, QuantizedForm) else _OUTER_PRODUCT
     if few:
         routed = _FEW_TOKENS.format(round_activated=form.rounded("activated", "activated_rounded", product=1))
     else:
@@ -248,7 +266,7 @@ def _engine_text(form: FloatForm, *, few: bool, shared: bool) -> str:
   token = CastLike(flat_f, routed_inner_w)
   {form.rounded("token", "token_rounded")}
   {routed}
-  {_dense("shared", form) + _SHARED if shared else ""}
+  {_dense("shared", form, outer) + _SHARED if shared else ""}
   mixed = {"Add(routed, shared)" if shared else "Identity(routed)"}
   x_shape = Shape(x)
   mixed_x = Reshape(mixed, x_shape)
