@@ -20,8 +20,10 @@ class Limits:
 @dataclass(frozen=True)
 class Options:
     """workspace: bytes of device memory for scratch, None for all there is. optimization_level: 0 to 5, None for TensorRT's own.
-    compute_capabilities: what TensorRT-RTX builds for, like "8.9"; none for the GPU at hand."""
+    compute_capabilities: what TensorRT-RTX builds for, like "8.9"; none for the GPU at hand. check: hold the engine against
+    onnxruntime where the GPU is at hand."""
 
     workspace: int | None = None
     optimization_level: int | None = None
     compute_capabilities: tuple[str, ...] = ()
+    check: bool = True

@@ -50,6 +50,9 @@ def build(
             metavar="8.6,8.9,…", help="Build for these instead of the GPU at hand; TensorRT-RTX only, needs no GPU."
         ),
     ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Hold the engine against onnxruntime and keep it only where both agree.")
+    ] = Options.check,
     list_only: Annotated[bool, typer.Option("--list", help="List the bundle's engines and build nothing.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an engine for the same GPU, version and dtype.")
@@ -72,6 +75,7 @@ def build(
         None if workspace is None else workspace << 20,
         optimization_level,
         tuple(compute_capability.split(",")) if compute_capability else (),
+        check,
     )
     with progress_bar(quiet or as_json) as tell:
         path, engine, manifest = build_engine(
