@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import onnx_ir as ir
 
+from mythos_export.build.isolation import isolated
 from mythos_export.build.lower import Lowered
 from mythos_export.build.options import Options
+from runtimes import tensorrt_api
 from runtimes.engines import Profile
 from runtimes.errors import BackendError
 from runtimes.tensorrt_api import TensorRT
 
+_log = logging.getLogger("mythos_export")
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 
 
@@ -42,25 +46,76 @@ def build_plan(
 ) -> BuiltPlan:
     """Builds the plan of a stage, whose constants lie in folder, the first of tensorrt.n_ways that works from first_way on.
 
-    Raises BackendError, with TensorRT's words, where it refuses the graph or finds no way to compute it.
+    Raises BackendError, with TensorRT's words, where it refuses the graph, finds no way to compute it or crashes.
     """
     model = ir.to_proto(lowered.model).SerializeToString()
-    for way in range(first_way, tensorrt.n_ways):
-        builder, network = _network(tensorrt, model, folder)
-        config = builder.create_builder_config()
-        cache = _configure(tensorrt, config, network, options, timing_cache)
-        for profile in profiles:
-            config.add_optimization_profile(_optimization_profile(builder, network, lowered, profile))
-        raise_error = tensorrt.set_progress(config, progress) if progress is not None else None
-        tensorrt.choose_way(config, way)
-        with tensorrt.logger.layers_reported() as report:
-            plan = builder.build_serialized_network(network, config)
-        if raise_error is not None:
-            raise_error()
-        if plan is not None:
-            layers, activation_bytes = _inspect(tensorrt, bytes(plan), report)
-            return BuiltPlan(bytes(plan), layers, activation_bytes, b"" if cache is None else bytes(cache.serialize()))
-    raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {tensorrt.last_error}")
+    job = _Job(model, folder, tuple(_shapes(lowered, profile) for profile in profiles), options, timing_cache)
+    for way in range(first_way, tensorrt.n_ways - 1):
+        try:
+            return _build(tensorrt, job, way, progress)
+        except BackendError as error:
+            _log.info("%s; another way is tried", error)
+    return _build(tensorrt, job, tensorrt.n_ways - 1, progress)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """model: serialized ONNX, whose external data lies in folder. shapes: of each profile, the least, likeliest and largest of each
+    input but the weights."""
+
+    model: bytes
+    folder: Path
+    shapes: tuple[dict[str, list[list[int]]], ...]
+    options: Options
+    timing_cache: bytes
+
+
+def _shapes(lowered: Lowered, profile: Profile) -> dict[str, list[list[int]]]:
+    """From the names of dimensions; weights have fixed shapes."""
+    return {
+        value.name or "": [
+            [
+                getattr(getattr(profile, str(dim.value)), end) if isinstance(dim, ir.SymbolicDim) else dim
+                for dim in value.shape or ()
+            ]
+            for end in ("min", "opt", "max")
+        ]
+        for value in lowered.model.graph.inputs
+        if value.name not in lowered.weights
+    }
+
+
+def _build(tensorrt: TensorRT, job: _Job, way: int, progress: Progress | None) -> BuiltPlan:
+    """One way. Before TensorRT 10 in a process of its own: 8.6's compiler was seen to crash."""
+    if tensorrt.capabilities.strongly_typed:
+        return _build_here(tensorrt, job, way, progress)
+    return isolated(_build_apart, tensorrt.backend, job, way)
+
+
+def _build_apart(backend: str, job: _Job, way: int) -> BuiltPlan:
+    return _build_here(tensorrt_api.find(backend), job, way, None)
+
+
+def _build_here(tensorrt: TensorRT, job: _Job, way: int, progress: Progress | None) -> BuiltPlan:
+    builder, network = _network(tensorrt, job.model, job.folder)
+    config = builder.create_builder_config()
+    cache = _configure(tensorrt, config, network, job.options, job.timing_cache)
+    inputs = {network.get_input(index).name for index in range(network.num_inputs)}
+    for shapes in job.shapes:
+        profile = builder.create_optimization_profile()
+        for name in inputs & set(shapes):
+            profile.set_shape(name, *shapes[name])
+        config.add_optimization_profile(profile)
+    raise_error = tensorrt.set_progress(config, progress) if progress is not None else None
+    tensorrt.choose_way(config, way)
+    with tensorrt.logger.layers_reported() as report:
+        plan = builder.build_serialized_network(network, config)
+    if raise_error is not None:
+        raise_error()
+    if plan is None:
+        raise BackendError(f"{tensorrt.backend} {tensorrt.version} built no engine: {tensorrt.last_error}")
+    layers, activation_bytes = _inspect(tensorrt, bytes(plan), report)
+    return BuiltPlan(bytes(plan), layers, activation_bytes, b"" if cache is None else bytes(cache.serialize()))
 
 
 def _configure(tensorrt: TensorRT, config: Any, network: Any, options: Options, timing_cache: bytes) -> Any:
@@ -88,35 +143,13 @@ def _network(tensorrt: TensorRT, model: bytes, folder: Path) -> tuple[Any, Any]:
         raise BackendError(
             f"{tensorrt.backend} {tensorrt.version} cannot parse the graph: {text or tensorrt.last_error}"
         )
-    shape_tensors = [name for name, tensor in _inputs(network).items() if tensor.is_shape_tensor]
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    shape_tensors = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
     if shape_tensors:
         raise BackendError(
             f"{tensorrt.backend} {tensorrt.version} wants the values of {shape_tensors} to know its shapes"
         )
     return builder, network
-
-
-def _inputs(network: Any) -> dict[str, Any]:
-    tensors = [network.get_input(index) for index in range(network.num_inputs)]
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def _optimization_profile(builder: Any, network: Any, lowered: Lowered, profile: Profile) -> Any:
-    """The shapes of all inputs but the weights, from the names of their dimensions."""
-    made = builder.create_optimization_profile()
-    known = _inputs(network)
-    for value in lowered.model.graph.inputs:
-        if value.name in lowered.weights or value.name not in known or value.shape is None:
-            continue
-        shapes = [
-            [
-                getattr(getattr(profile, str(dim.value)), end) if isinstance(dim, ir.SymbolicDim) else dim
-                for dim in value.shape
-            ]
-            for end in ("min", "opt", "max")
-        ]
-        made.set_shape(value.name, *shapes)
-    return made
 
 
 def _inspect(tensorrt: TensorRT, plan: bytes, report: list[str]) -> tuple[dict[str, Any], int]:
