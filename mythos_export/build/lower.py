@@ -272,7 +272,7 @@ def _weights_to_inputs(model: ir.Model) -> dict[str, ir.ExternalTensor]:
     """Turns the large float initializers into inputs; returns where the bundle stores them."""
     graph = model.graph
     weights: dict[str, ir.ExternalTensor] = {}
-    for name, value in list(graph.initializers.items()):
+    for name, value in sorted(graph.initializers.items()):
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype not in DTYPES.values():
             continue
