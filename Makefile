@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One build folder an architecture, for a checkout that several machines share.
 NATIVE := runtimes/native/build/$(shell uname -m)
+CPP := runtimes/cpp/build/$(shell uname -m)
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # Newer pips want this name for what a build is made with; older ones do not know it.
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv native toolchains demo test lint clean
+.PHONY: venv native cpp toolchains demo test lint clean
 
 venv: .venv/installed
 
@@ -28,6 +29,12 @@ native: venv
 		else $(BIN)/cmake --build $(NATIVE) --target install --parallel 2 >/dev/null \
 		&& echo "native operators built: runtimes/native/lib/libmythos_ops.so"; fi
 
+# The Runner in C and C++: an SDK in runtimes/cpp/sdk, and its tests.
+cpp: native
+	$(BIN)/cmake -S runtimes/cpp -B $(CPP) -DPYTHON=$(CURDIR)/$(BIN)/python -DCMAKE_INSTALL_PREFIX=$(CURDIR)/runtimes/cpp/sdk >/dev/null
+	$(BIN)/cmake --build $(CPP) --target install --parallel 2 >/dev/null
+	$(BIN)/pytest tests/test_cpp.py
+
 # A C++ compiler, the cross compiler for aarch64 and qemu-user, for `test`; says why where they cannot be installed.
 toolchains:
 	@tests/native/toolchains.sh
@@ -36,7 +43,7 @@ demo: venv native
 	$(BIN)/mythos-export demo
 
 test: lint toolchains native
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
@@ -44,4 +51,4 @@ lint: venv
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv dist build runtimes/native/build runtimes/native/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build runtimes/native/build runtimes/native/lib runtimes/cpp/build runtimes/cpp/sdk .pytest_cache .mypy_cache .ruff_cache .hypothesis

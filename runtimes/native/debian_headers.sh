@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Unpacks Debian's headers of onnxruntime and Highway under a folder, as any user, installing nothing: debian_headers.sh FOLDER
+# Unpacks Debian's headers under a folder, as any user, installing nothing: debian_headers.sh FOLDER [PACKAGE…], by default those of
+# onnxruntime and Highway.
 # Where it cannot, it prints why. onnxruntime's are in Debian from 13 on, so forky's are taken whatever the machine runs.
 set -euo pipefail
 folder=$1
+shift
+[ $# -gt 0 ] || set -- libonnxruntime-dev libhwy-dev
 sources=/etc/apt/sources.list.d/debian.sources
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 
@@ -19,6 +22,6 @@ echo "deb [signed-by=$keys] ${mirror:-http://deb.debian.org/debian} forky main" 
 apt=(apt-get -qq -o "Dir::Etc::SourceList=$PWD/sources.list" -o Dir::Etc::SourceParts=/dev/null -o "Dir::State=$PWD/state"
   -o "Dir::Cache=$PWD/cache" -o APT::Sandbox::User=root -o Acquire::Retries=1 -o Acquire::http::Timeout=20
   -o APT::Update::Error-Mode=any)
-{ "${apt[@]}" update && "${apt[@]}" download libonnxruntime-dev libhwy-dev; } >log 2>&1 ||
+{ "${apt[@]}" update && "${apt[@]}" download "$@"; } >log 2>&1 ||
   fail "apt-get: $(grep -m 1 '^E:' log || tail -n 1 log)"
 for package in *.deb; do dpkg-deb -x "$package" "$folder"; done

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Sees to what the native tests compile and emulate with, from Debian's packages where root may install them. Never fails: it
+# Sees to what the tests of C++ compile and emulate with, from Debian's packages where root may install them. Never fails: it
 # says what is missing and why, and the tests that need it skip.
 set -euo pipefail
 missing=()
 command -v "${CXX:-c++}" >/dev/null || missing+=(g++)
+printf '#include <openssl/evp.h>' | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1 || missing+=(libssl-dev)
 if [ "$(uname -m)" != aarch64 ]; then # there the NEON kernels run as they are
   command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
   command -v qemu-aarch64 >/dev/null || command -v qemu-aarch64-static >/dev/null || missing+=(qemu-user)
 fi
 [ ${#missing[@]} -gt 0 ] || exit 0
 
-give_up() { echo "${missing[*]} missing, so some tests of the native operators will skip: $1"; exit 0; }
+give_up() { echo "${missing[*]} missing, so some tests of C++ will skip: $1"; exit 0; }
 command -v apt-get >/dev/null || give_up "there is no apt-get here to install them with"
 [ "$(id -u)" -eq 0 ] || give_up "only root may install them; run: sudo apt-get install ${missing[*]}"
 echo "installing ${missing[*]}"

@@ -1,0 +1,36 @@
+// A bundle's manifest and its checks, as in runtimes/bundle.py: what is wrong is said in the same words.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace mythos {
+
+struct FileEntry {
+  uint64_t size;
+  std::string sha256;
+};
+
+struct Graph {
+  std::string file;
+  std::vector<std::string> weights;
+  std::string dtype, cache_dtype, weight_dtype;
+  int64_t loops;  // 0: an input
+  int64_t max_loops, default_loops, prelude_slots, loop_slots, coda_slots, cache_width, vocab_size, max_seq_len;
+
+  int64_t slots(int64_t n_loops) const { return prelude_slots + n_loops * loop_slots + coda_slots; }
+};
+
+struct Manifest {
+  std::vector<Graph> graphs;
+  std::map<std::string, FileEntry> files;
+  std::vector<int64_t> eos_token_ids;
+};
+
+// Checks everything a bundle names before anything of it is used. Throws Error.
+Manifest open_bundle(const std::filesystem::path& folder);
+
+}  // namespace mythos

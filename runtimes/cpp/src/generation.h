@@ -1,0 +1,32 @@
+// Generating: a loop of session steps and choices, as in runtimes/generation.py.
+#pragma once
+
+#include <functional>
+#include <set>
+#include <vector>
+
+#include "mythos/runtime.h"
+#include "sampling.h"
+#include "session.h"
+
+namespace mythos {
+
+struct Request {
+  int64_t max_new_tokens = 128;
+  Sampling sampling;
+  uint64_t seed = 0;
+  std::set<int64_t> stop_ids, eos;
+  std::vector<int64_t> n_loops;
+};
+
+struct Generated {
+  std::vector<mythos_finish> finish;  // one a sequence
+  mythos_stats stats;
+  bool cancelled;
+};
+
+// tell: is given every token; where it returns false, the generation stops. Throws Error.
+Generated generate(Backend& backend, MemoryBudget& budget, const Rows& prompts, const Request& request,
+                   const std::function<bool(const mythos_token&)>& tell);
+
+}  // namespace mythos

@@ -1,0 +1,34 @@
+// Choosing the next token from logits: the algorithm of runtimes/sampling.py, step by step.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace mythos {
+
+// The generator of java.util.SplittableRandom (Steele, Lea, Flood 2014).
+class SplitMix64 {
+ public:
+  explicit SplitMix64(uint64_t seed) : state_(seed) {}
+  uint64_t next();
+  // In [0, 1), from the upper 53 bits.
+  double uniform();
+
+ private:
+  uint64_t state_;
+};
+
+struct Sampling {
+  double temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
+  int64_t top_k = 0;
+
+  // Throws Error where a value makes no sense.
+  void check() const;
+  // The next token's id from logits [n]; seen: prompt and generated ids so far, all within 0 to n - 1.
+  int64_t choose(const float* logits, int64_t n, const std::vector<int64_t>& seen, SplitMix64& random) const;
+};
+
+// Natural log-probability of one token under logits [n].
+double log_probability(const float* logits, int64_t n, int64_t token);
+
+}  // namespace mythos

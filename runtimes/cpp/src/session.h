@@ -1,0 +1,71 @@
+// A batch of sequences and their cache: prefill in chunks, decode step by step, each row at its own depth.
+//
+// Shape letters: B batch, S new tokens, C capacity and W width of the cache, V vocab_size.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "backend.h"
+
+namespace mythos {
+
+// Bytes that all caches of a runner may take together.
+class MemoryBudget {
+ public:
+  explicit MemoryBudget(uint64_t limit) : limit_(limit) {}
+  // Throws Error (MYTHOS_ERROR_MEMORY) where that is more than is left.
+  void take(uint64_t bytes);
+  void give_back(uint64_t bytes) { used_.fetch_sub(bytes); }
+
+ private:
+  uint64_t limit_;  // 0: none
+  std::atomic<uint64_t> used_{0};
+};
+
+using Rows = std::vector<std::vector<int64_t>>;
+
+class Session {
+ public:
+  // n_loops: of each row, or empty for the trained depth. Throws Error.
+  Session(Backend& backend, MemoryBudget& budget, int64_t batch, const std::vector<int64_t>& n_loops);
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  int64_t batch() const { return static_cast<int64_t>(length_.size()); }
+  const std::vector<int64_t>& past_len() const { return length_; }
+  StopSignal& stop() { return stop_; }
+
+  // Feeds each row its next tokens. logits [B, V], exit_loop [B]: after the last one of each; may be null.
+  void advance(const Rows& ids, float* logits, int64_t* exit_loop);
+  // The same for one row; position(logits [V], i) is called for every token i.
+  void advance_scored(const std::vector<int64_t>& ids, const std::function<void(const float*, size_t)>& position);
+  void lower_n_loops(const std::vector<int64_t>& n_loops);
+  void keep(const std::vector<int64_t>& rows);
+
+ private:
+  struct Step;
+  void check_ids(const Rows& ids) const;
+  std::unique_ptr<StepOutput> run(const Step& step);
+  void append(const StepOutput& out, const Step& step);
+  void reserve(int64_t rows);
+  void resize(int64_t capacity, const std::vector<int64_t>& rows);
+  uint64_t bytes(int64_t capacity, int64_t batch) const;
+
+  Backend& backend_;
+  MemoryBudget& budget_;
+  StopSignal stop_;
+  std::vector<int64_t> length_, n_loops_;
+  int64_t slots_, capacity_;
+  size_t row_bytes_;
+  std::vector<char> cache_;    // [slots, B, C, W]
+  std::vector<float> scales_;  // [slots, B, C] of an int8 cache
+};
+
+// Depths of `batch` rows: as given, or the trained one. Throws Error for a depth the graph cannot run.
+std::vector<int64_t> checked_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops, int64_t batch);
+
+}  // namespace mythos

@@ -1,0 +1,415 @@
+"""The Runner in C: the same tokens as Python's, the same words where something is wrong, and an SDK that programs build against."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from c_runtime import BACKEND, BUNDLE, CANCELLED, INPUT, MEMORY, OK, CError, CRunner, CSession, Library, Stats
+from conftest import ROOT
+
+from mythos_export.quantize import quantize_bundle
+from runtimes import native_operators
+from runtimes.runner import Runner, load
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [400, 3, 77], list(range(100, 145)), [2]]
+SAMPLED = (
+    {"temperature": 0.9, "top_k": 50, "seed": 3},
+    {"temperature": 1.1, "top_p": 0.9, "seed": 2**63 + 5},
+    {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.2, "seed": 5},
+)
+
+
+def tool(name: str) -> str:
+    """A program of this environment, else of the machine."""
+    own = Path(sysconfig.get_path("scripts"), name)
+    found = str(own) if own.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"needs {name} to build the library")
+    return found
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The installed library and headers. The build folder is the checkout's, so that only changes are compiled."""
+    cmake, prefix = tool("cmake"), tmp_path_factory.mktemp("sdk")
+    build = ROOT / "runtimes" / "cpp" / "build" / os.uname().machine
+    if shutil.which(os.environ.get("CXX", "c++")) is None or not Path("/usr/include/openssl").is_dir():
+        pytest.skip("needs a C++ compiler and OpenSSL's headers (Debian: g++ and libssl-dev)")
+    run(cmake, "-S", ROOT / "runtimes" / "cpp", "-B", build, f"-DPYTHON={sys.executable}")
+    run(cmake, "--build", build, "--parallel", "2")
+    run(cmake, "--install", build, "--prefix", prefix)
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def library(sdk: Path) -> Library:
+    return Library(next(sdk.glob("lib*/libmythos_runtime.so")))
+
+
+@pytest.fixture(scope="session")
+def int4_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("int4") / "bundle"
+    quantize_bundle(tiny_bundle, target, "int4,kv-int8")
+    return target
+
+
+@pytest.fixture(params=["tiny_bundle", "fixed_bundle", "int4_bundle"])
+def both(request: pytest.FixtureRequest, library: Library) -> tuple[CRunner, Runner]:
+    """A bundle in C and in Python, on the same operators."""
+    bundle = request.getfixturevalue(request.param)
+    options = {"threads": 1, "native": 0}
+    if native_operators.is_available():
+        options = {"threads": 1, "operators_library": str(native_operators.LIBRARY).encode()}
+    in_c, in_python = library.open(bundle, **options), load(bundle, "onnxruntime", threads=1)
+    assert bool(in_c.info.native) == in_python.native
+    return in_c, in_python
+
+
+# The same as Python
+
+
+def test_tokens_are_pythons(both: tuple[CRunner, Runner]) -> None:
+    in_c, in_python = both
+    for options in ({}, {"repetition_penalty": 1.3}, *SAMPLED):
+        for prompts in ([PROMPTS[0]], PROMPTS):
+            status, ids, finish, stats = in_c.generate(prompts, max_new_tokens=128, ignore_eos=1, **options)
+            seed = options.get("seed", 0)
+            want = in_python.generate(prompts, 128, ignore_eos=True, **{**options, "seed": seed}).complete()
+            assert (status, ids, finish) == (OK, want.ids, want.finish_reasons)
+            assert stats.new_tokens == want.stats.new_tokens
+            assert stats.prompt_tokens == want.stats.prompt_tokens
+            assert stats.mean_exit_loop == pytest.approx(want.stats.mean_exit_loop)
+
+
+def test_sequences_end_as_in_python(both: tuple[CRunner, Runner]) -> None:
+    in_c, in_python = both
+    whole = in_python.generate(PROMPTS, 30, ignore_eos=True).complete().ids
+    stops = [whole[0][4], whole[2][9]]
+    _, ids, finish, _ = in_c.generate(PROMPTS, max_new_tokens=30, stop_ids=stops, ignore_eos=1)
+    want = in_python.generate(PROMPTS, 30, stop=stops, ignore_eos=True).complete()
+    assert (ids, finish) == (want.ids, want.finish_reasons)
+    long = [list(range(1, 505))]
+    _, ids, finish, _ = in_c.generate(long, max_new_tokens=30, ignore_eos=1)
+    assert (len(ids[0]), finish) == (9, ["context"])
+
+
+def test_scores_and_sessions_are_pythons(both: tuple[CRunner, Runner]) -> None:
+    in_c, in_python = both
+    ids = np.random.default_rng(0).integers(0, in_python.graph.vocab_size, 300).tolist()
+    np.testing.assert_allclose(in_c.score(ids), in_python.score(ids), atol=1e-6)
+    sessions = in_c.session(3), in_python.session(3)
+    rows = [ids[:290], ids[:3], ids[5:40]]
+    for step in range(4):
+        (got, got_exit), (want, want_exit) = (session.advance(rows) for session in sessions)
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got_exit, want_exit)
+        if step == 1:
+            for session in sessions:
+                session.keep([0, 2])
+        rows = [[step + 1], [step + 2], [step + 3]][: len(sessions[1].past_len)]
+    assert sessions[0].past_len == sessions[1].past_len.tolist()
+
+
+def test_depths_of_each_sequence(library: Library, tiny_bundle: Path) -> None:
+    in_c, in_python = (
+        library.open(tiny_bundle, native=0, threads=1),
+        load(tiny_bundle, "onnxruntime", threads=1, native=False),
+    )
+    depths = [1, 4, 2, 3]
+    _, ids, _, _ = in_c.generate(PROMPTS, max_new_tokens=20, n_loops=depths, ignore_eos=1)
+    assert ids == in_python.generate(PROMPTS, 20, n_loops=depths, ignore_eos=True).complete().ids
+    sessions = in_c.session(2, [4, 3]), in_python.session(2, n_loops=[4, 3])
+    for session in sessions:
+        session.advance([[5, 6, 7], [8, 9]])
+        session.lower_n_loops([2, 1])
+    np.testing.assert_array_equal(*(session.advance([[1], [2]])[0] for session in sessions))
+    with pytest.raises(CError, match="n_loops of sequence 0 would rise from 2 to 3: its earlier tokens left no cache"):
+        sessions[0].lower_n_loops([3, 1])
+    assert sessions[0].past_len == [4, 3]
+
+
+# Stopping
+
+
+def test_a_callback_stops_a_generation(library: Library, tiny_bundle: Path) -> None:
+    runner = library.open(tiny_bundle, threads=1)
+    heard: list[int] = []
+    status, ids, finish, stats = runner.generate(PROMPTS[:2], lambda token: heard.append(token.id) or len(heard) >= 4)
+    assert (status, finish) == (CANCELLED, ["cancelled", "cancelled"])
+    assert stats.new_tokens == len(ids[0]) + len(ids[1]) == 4
+
+
+def test_a_session_is_cancelled_and_goes_on(library: Library, tiny_bundle: Path) -> None:
+    runner = library.open(tiny_bundle, threads=1)
+    session, other = runner.session(), runner.session()
+    for each in (session, other):
+        each.advance([[1, 2, 3]])
+    stopper = threading.Timer(0.02, session.cancel)
+    stopper.start()
+    assert until_stopped(session).status == CANCELLED
+    stopper.join()
+    session.cancel()
+    with pytest.raises(CError, match="was cancelled; mythos_session_resume makes it usable again"):
+        session.advance([[4]])
+    before = session.past_len
+    session.resume()
+    session.advance([[4]])
+    assert session.past_len == [before[0] + 1]
+    other.advance([[4]])
+
+
+def until_stopped(session: CSession) -> CError:
+    """Adds tokens until a step does not succeed."""
+    while True:
+        try:
+            session.advance([[4]])
+        except CError as error:
+            return error
+
+
+def test_threads_with_sessions_of_their_own(library: Library, tiny_bundle: Path) -> None:
+    runner = library.open(tiny_bundle, threads=1)
+    want = runner.generate(PROMPTS, max_new_tokens=30)[1]
+    results: list[list[list[int]]] = []
+
+    def work() -> None:
+        for _ in range(3):
+            results.append(runner.generate(PROMPTS, max_new_tokens=30)[1])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [want] * 12
+
+
+# What is wrong
+
+
+def damaged_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text("{")
+
+
+def other_format(bundle: Path) -> None:
+    change(bundle, lambda manifest: manifest.update(format="something"))
+
+
+def other_version(bundle: Path) -> None:
+    change(bundle, lambda manifest: manifest.update(format_version=99))
+
+
+def unknown_member(bundle: Path) -> None:
+    change(bundle, lambda manifest: manifest.update(surprise=1))
+
+
+def a_path_that_leaves(bundle: Path) -> None:
+    change(bundle, lambda manifest: manifest["files"].update({"../x": {"size": 1, "sha256": "0"}}))
+
+
+def no_checksum(bundle: Path) -> None:
+    change(bundle, lambda manifest: manifest["files"].pop("weights.bin"))
+
+
+def a_missing_file(bundle: Path) -> None:
+    (bundle / "weights.bin").unlink()
+
+
+def a_short_file(bundle: Path) -> None:
+    path = bundle / "weights.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def a_changed_file(bundle: Path) -> None:
+    path = bundle / "weights.bin"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def a_linked_file(bundle: Path) -> None:
+    path = bundle / "weights.bin"
+    path.symlink_to(path.rename(bundle.parent / "elsewhere"))
+
+
+def no_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+
+
+def no_folder(bundle: Path) -> None:
+    shutil.rmtree(bundle)
+
+
+def change(bundle: Path, how: Callable[[dict[str, object]], object]) -> None:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    how(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+SPOILERS = (
+    other_format,
+    other_version,
+    a_path_that_leaves,
+    no_checksum,
+    a_missing_file,
+    a_short_file,
+    a_changed_file,
+    a_linked_file,
+    no_manifest,
+    no_folder,
+)
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_a_bundle_is_refused_in_pythons_words(
+    library: Library, own_bundle: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(own_bundle)
+    with pytest.raises(CError) as in_c:
+        library.open(own_bundle)
+    with pytest.raises(Exception, match=r".") as in_python:
+        load(own_bundle)
+    assert in_c.value.status == BUNDLE
+    assert str(in_c.value) == str(in_python.value)
+
+
+@pytest.mark.parametrize("spoil", [damaged_manifest, unknown_member])
+def test_a_damaged_manifest_is_refused(library: Library, own_bundle: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(own_bundle)
+    with pytest.raises(CError, match=r"manifest\.json: damaged manifest: .*; export the checkpoint again") as refused:
+        library.open(own_bundle)
+    assert refused.value.status == BUNDLE
+
+
+def test_arguments_that_make_no_sense(library: Library, tiny_bundle: Path) -> None:
+    runner, python = library.open(tiny_bundle, threads=1), load(tiny_bundle, threads=1)
+    session = runner.session()
+    session.advance([[1, 2]])
+    requests = (
+        ([[]], {}),
+        ([[2048]], {}),
+        ([[-1]], {}),
+        ([[1] * 513], {}),
+        ([[1]], {"max_new_tokens": 0}),
+        ([[1]], {"n_loops": [13]}),
+    )
+    for prompts, options in requests:
+        with pytest.raises(CError) as in_c:
+            runner.generate(prompts, **options)
+        with pytest.raises(Exception, match=r".") as in_python:
+            python.generate(prompts, **options)
+        assert in_c.value.status == INPUT
+        assert str(in_c.value).replace("sequence 0", "prompt 0") == str(in_python.value).replace(
+            "sequence 0", "prompt 0"
+        )
+    for name, value in (
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("min_p", 2.0),
+    ):
+        with pytest.raises(CError, match=f"{name} is .*; expected ") as in_c:
+            runner.generate([[1]], **{name: value})
+        assert in_c.value.status == INPUT
+    for call in (
+        lambda: library.call("mythos_runner_open", None, None, None),
+        lambda: runner.session(0),
+        lambda: runner.score([1]),
+        lambda: session.keep([1]),
+        lambda: session.keep([]),
+        lambda: session.advance([[]]),
+        lambda: library.call("mythos_runner_info", runner.handle, ctypes.byref(Stats(size=1))),
+    ):
+        with pytest.raises(CError) as in_c:
+            call()
+        assert in_c.value.status == INPUT
+        assert str(in_c.value)
+    session.advance([[3]])  # it is as it was
+    assert session.past_len == [3]
+
+
+def test_operators_that_are_not_there(library: Library, tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(CError, match="native operators are asked for, but there is no ") as refused:
+        library.open(tiny_bundle, native=1, operators_library=str(tmp_path / "none.so").encode())
+    assert refused.value.status == BACKEND
+    assert not library.open(tiny_bundle, operators_library=str(tmp_path / "none.so").encode()).info.native
+
+
+def test_a_memory_limit(library: Library, tiny_bundle: Path) -> None:
+    with pytest.raises(CError, match=r"the weights take .* bytes, more than the memory_limit of 1000") as refused:
+        library.open(tiny_bundle, memory_limit=1000)
+    assert refused.value.status == MEMORY
+    plain = library.open(tiny_bundle, threads=1)
+    cache = plain.info.cache_bytes_per_token * 256
+    runner = library.open(tiny_bundle, threads=1, memory_limit=plain.info.weight_bytes + cache + cache // 2)
+    session = runner.session()
+    with pytest.raises(
+        CError, match=r"would exceed the memory_limit of .*; close sessions, shorten them, or raise it"
+    ) as refused:
+        runner.session()
+    assert refused.value.status == MEMORY
+    session.close()
+    runner.session()
+
+
+def test_runners_that_come_and_go_leave_nothing_behind(library: Library, tiny_bundle: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for turn in range(60):
+        runner = library.open(tiny_bundle, threads=1, native=0)
+        runner.generate([[1]], max_new_tokens=2)
+        runner.close()
+        if turn == 19:
+            before = resident()
+    assert resident() - before < 8 * 2**20
+
+
+# The SDK
+
+
+def test_a_program_builds_against_the_sdk(sdk: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    run(tool("cmake"), "-S", ROOT / "examples" / "cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={sdk}")
+    run(tool("cmake"), "--build", build, "--parallel", "2")
+    python = load(tiny_bundle, "onnxruntime")
+    for options in ({}, {"temperature": 0.8, "seed": 9}):
+        extra = [f"{value}" for value in options.values()]
+        out = run(build / "generate", tiny_bundle, "5,6,7", 128, *extra)
+        want = python.generate([5, 6, 7], 128, **options).complete().ids
+        assert [int(token) for token in out.split()] == want
+    ticks = run(build / "robot_loop", tiny_bundle, 20, 3).splitlines()
+    assert [line.partition(":")[0] for line in ticks] == ["tick 0", "tick 1", "tick 2"]
+    failed = subprocess.run([build / "generate", tmp_path, "1"], capture_output=True, text=True, check=False)
+    assert (failed.returncode, "not a bundle" in failed.stderr) == (2, True)
+
+
+def test_nothing_but_the_c_functions_is_exported(sdk: Path) -> None:
+    symbols = run(tool("nm"), "-D", "--defined-only", next(sdk.glob("lib*/libmythos_runtime.so")))
+    names = {line.split()[-1].partition("@")[0] for line in symbols.splitlines()} - {"MYTHOS_1"}
+    assert {name for name in names if not name.startswith("mythos_")} == set()
+    assert {"mythos_generate", "mythos_abi_version"} <= names
+
+
+def test_pkg_config_knows_it(sdk: Path) -> None:
+    (file,) = sdk.glob("lib*/pkgconfig/mythos_runtime.pc")
+    assert "-lmythos_runtime" in file.read_text()
