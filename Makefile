@@ -43,7 +43,7 @@ demo: venv native
 	$(BIN)/mythos-export demo
 
 test: lint toolchains native
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .
