@@ -47,10 +47,8 @@ def run(*command: object) -> str:
 
 @pytest.fixture(scope="session")
 def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The installed library and headers. The build folder is the checkout's, so that only changes are compiled; one a process that
-    runs tests."""
-    cmake, prefix = tool("cmake"), tmp_path_factory.mktemp("sdk")
-    build = ROOT / "runtimes" / "cpp" / "build" / f"{os.uname().machine}{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+    """The installed library and headers."""
+    cmake, prefix, build = tool("cmake"), tmp_path_factory.mktemp("sdk"), tmp_path_factory.mktemp("build")
     if shutil.which(os.environ.get("CXX", "c++")) is None or not Path("/usr/include/openssl").is_dir():
         pytest.skip("needs a C++ compiler and OpenSSL's headers (Debian: g++ and libssl-dev)")
     run(cmake, "-S", ROOT / "runtimes" / "cpp", "-B", build, f"-DPYTHON={sys.executable}")
