@@ -24,8 +24,9 @@ from mythos_export.build.bodies import choose_bodies, input_names, matrix_of, sp
 from mythos_export.build.dialect import to_old_parser
 from mythos_export.build.initializers import integers
 from mythos_export.build.parts import Part, cut_at_experts, has_experts
-from mythos_export.build.quantized import lower_quantized
+from mythos_export.build.quantized import lower_quantized, scale_outside
 from mythos_export.build.stages import split
+from mythos_export.build.sums import products_to_sums
 from runtimes.bundle import Graph
 from runtimes.engines import NEW_KV, PAST_KV
 from runtimes.errors import BackendError
@@ -102,6 +103,10 @@ def _lower_part(
         model.graph.inputs.remove(value)
         weights.pop(value.name or "", None)
     _check_standard(model)
+    scale_outside(model)
+    if old_parser and dtype == ir.DataType.FLOAT16:
+        products_to_sums(model)
+        passes.RemoveUnusedNodesPass()(model)
     if old_parser:
         to_old_parser(model)
     _forget_untyped(model)
@@ -298,8 +303,7 @@ def _check_standard(model: ir.Model) -> None:
     branches = [node.name or "" for node in _nodes(model) if node.op_type == "If"]
     if branches:
         raise BackendError(
-            f"{branches[0]}: which way to compute is not known when an engine is built; static scales that change from loop to "
-            "loop need a bundle exported with a fixed loop count (--loops N)"
+            f"{branches[0]}: which way to compute is not known when an engine is built; export the checkpoint again"
         )
 
 
