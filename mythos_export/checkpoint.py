@@ -1,4 +1,4 @@
-"""Reads a checkpoint safely: .pt of the training script, .safetensors with config.json, or random weights.
+"""Reads a checkpoint safely: .pt of the training script, .safetensors with config.json, a Hugging Face folder, or random weights.
 
 Nothing in a checkpoint is ever executed: a .pt is read by torch's weights_only loader with one config class mapped to a
 plain record; every other class in its pickle is refused by name. Tensors are mapped from the file, not read into memory.
@@ -11,30 +11,25 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mythos_export.config import ConfigError, ModelConfig
-from mythos_export.families import open_mythos
-from mythos_export.families.open_mythos import Settings
+from mythos_export.families import FAMILIES, Family, open_mythos
+from mythos_export.families.family import Pack
+from mythos_export.shards import INDEX, CheckpointError, LazyTensor, hash_of, open_tensors
 from runtimes.bundle import Source
-from runtimes.errors import MythosError
 from runtimes.folder_writer import sha256_of
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+|(?:_fsdp_wrapped_module|_orig_mod)\.")
 _FLOAT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _LISTED = 20
-
-
-class CheckpointError(MythosError, ValueError):
-    """A source that cannot be read as a checkpoint; the message names the file, what was expected and the fix."""
 
 
 class ConfigRecord:
@@ -46,27 +41,31 @@ class Checkpoint:
     """A checkpoint: what it describes, and its tensors by name, read when asked for.
 
     settings: the family's own config. config: ours. get: a tensor by the family's name, in its stored dtype, mapped from
-    the file. source: where it came from. tokenizer: a tokenizer.json found beside it, if any.
+    the file. source: where it came from. tokenizer: a tokenizer.json found beside it, if any. eos_token_ids: what ends a text, as
+    generation_config.json or config.json says.
     """
 
-    settings: Settings
+    settings: Any
     config: ModelConfig
     get: Callable[[str], Tensor]
     source: Source
     tokenizer: Path | None = None
+    family: Family = open_mythos.FAMILY
+    eos_token_ids: tuple[int, ...] = ()
 
-    def tensors(self, max_loops: int) -> dict[str, open_mythos.Pack]:
+    def tensors(self, max_loops: int) -> dict[str, Pack]:
         """The Decoder's tensors, each as an iterator of pieces along its first dimension."""
-        return open_mythos.pack(self.settings, self.get, max_loops)
+        return self.family.pack(self.settings, self.get, max_loops)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors under the family's names: what the reference package's model loads."""
-        return {name: self.get(name) for name in open_mythos.tensor_shapes(self.settings)}
+        return {name: self.get(name) for name in self.family.tensor_shapes(self.settings)}
 
 
 def load_checkpoint(source: str | Path) -> Checkpoint:
-    """Opens SOURCE: a .pt file, a folder of step_*.pt (the newest), .safetensors with config.json beside it (or their folder),
-    `random:VARIANT[:SEED]` or `random:config.json[:SEED]`. Raises CheckpointError or ConfigError."""
+    """Opens SOURCE: a .pt file, a folder of step_*.pt (the newest), .safetensors with config.json beside it, or their folder with
+    one file or several and an index, `random:VARIANT[:SEED]` or `random:config.json[:SEED]`. Raises CheckpointError or
+    ConfigError."""
     text = str(source)
     if text.startswith("random:"):
         return _random(text)
@@ -74,23 +73,29 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(
             f"{text}: no such file or folder; expected a .pt or .safetensors checkpoint, a folder of step_*.pt, or random:VARIANT "
-            f"with VARIANT one of {', '.join(open_mythos.VARIANTS)}"
+            f"with VARIANT one of {', '.join(_variants())}"
         )
     if path.is_dir():
         path = _newest(path)
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    return _read_safetensors(path) if path.suffix in (".safetensors", ".json") else _read_pt(path)
+
+
+def _variants() -> dict[str, tuple[Family, Any]]:
+    return {name: (family, settings) for family in FAMILIES for name, settings in family.variants.items()}
 
 
 def _newest(folder: Path) -> Path:
     steps = sorted(folder.glob("step_*.pt"), key=lambda path: int("0" + re.sub(r"\D", "", path.stem)))
     if steps:
         return steps[-1]
+    if (folder / INDEX).is_file():
+        return folder / INDEX
     safetensors = sorted(folder.glob("*.safetensors"))
     if len(safetensors) == 1:
         return safetensors[0]
     found = ", ".join(path.name for path in safetensors) or "neither"
     raise CheckpointError(
-        f"{folder}: expected step_*.pt files or one .safetensors file with config.json; found {found}"
+        f"{folder}: expected step_*.pt files, or config.json with one .safetensors file or {INDEX}; found {found}"
     )
 
 
@@ -117,7 +122,7 @@ def _read_pt(path: Path) -> Checkpoint:
     fields: dict[str, Any] = cfg if isinstance(cfg, dict) else dict(vars(cfg))
     step = content.get("step")
     kind = Source(kind="pt", name=path.name, sha256=sha256_of(path), step=step if isinstance(step, int) else None)
-    return _checkpoint(path, fields, content["model"], kind)
+    return _checkpoint(path, open_mythos.FAMILY, fields, content["model"], kind)
 
 
 @contextmanager
@@ -145,52 +150,56 @@ def _refuse_code(path: Path) -> None:
 def _read_safetensors(path: Path) -> Checkpoint:
     config_path = path.with_name("config.json")
     if not config_path.is_file():
-        raise CheckpointError(f"{path}: expected config.json beside it, with the fields of MythosConfig")
+        raise CheckpointError(
+            f"{path}: expected config.json beside it, with the fields of MythosConfig or of a Hugging Face model"
+        )
     fields = _read_json(config_path)
-    tensors: dict[str, _Lazy] = {}
-    try:
-        file = safe_open(path, framework="pt")
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            part = file.get_slice(name)
-            kind = part.get_dtype()
-            tensors[name] = _Lazy(tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind), file, name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file: {_first_line(error)}") from error
-    return _checkpoint(path, fields, tensors, Source(kind="safetensors", name=path.name, sha256=sha256_of(path)))
+    family = _family(fields, str(config_path))
+    tensors = open_tensors(path)
+    source = Source(kind="safetensors", name=path.name, sha256=hash_of(path))
+    checkpoint = _checkpoint(path, family, fields, dict(tensors), source)
+    return replace(checkpoint, eos_token_ids=_ends(path.parent, fields) if family.architectures else ())
 
 
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+def _family(fields: dict[str, Any], where: str) -> Family:
+    """By the architecture that config.json names; one that names none is open-mythos's."""
+    named = fields.get("architectures")
+    if not named:
+        return open_mythos.FAMILY
+    for family in FAMILIES:
+        if isinstance(named, list) and set(named) & set(family.architectures):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    raise CheckpointError(f"{where}: architectures is {named}; expected one of {known}, or the fields of MythosConfig")
 
 
-@dataclass(frozen=True)
-class _Lazy:
-    """A tensor of a safetensors file: shape and dtype known, values read when asked for."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str
-    file: Any = field(repr=False)
-    name: str
-
-    def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)  # type: ignore[no-any-return]
+def _ends(folder: Path, fields: dict[str, Any]) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, else of config.json: a number, several or none."""
+    path = folder / "generation_config.json"
+    found = _read_json(path).get("eos_token_id") if path.is_file() else None
+    found = fields.get("eos_token_id") if found is None else found
+    numbers = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise CheckpointError(f"{folder}: eos_token_id is {found!r}; expected a token's number or a list of them")
+    return tuple(numbers)
 
 
-def _checkpoint(path: Path, fields: dict[str, Any], raw: dict[str, Any], source: Source) -> Checkpoint:
+def _checkpoint(path: Path, family: Family, fields: dict[str, Any], raw: dict[str, Any], source: Source) -> Checkpoint:
     """Checks config and tensors against each other: every missing, extra or misshapen tensor in one error."""
-    settings = _settings(fields, str(path))
-    config = _config(settings, str(path))
+    settings = _settings(family, fields, str(path))
+    config = _config(family, settings, str(path))
     tensors: dict[str, Any] = {}
     problems: list[str] = []
     for original, tensor in raw.items():
         name = _WRAPPERS.sub("", str(original))
-        if name in open_mythos.IGNORED_TENSORS:
+        if family.ignored(name):
             continue
         if name in tensors:
             problems.append(f"twice: {name}")
         tensors[name] = tensor
-    expected = open_mythos.tensor_shapes(settings)
-    head, embed = open_mythos.TIED
-    tensors.setdefault(head, tensors.get(embed))
+    expected, tied = family.tensor_shapes(settings), family.tied(settings)
+    if tied is not None:
+        tensors.setdefault(tied[0], tensors.get(tied[1]))
     problems += [f"missing: {name} {list(shape)}" for name, shape in expected.items() if tensors.get(name) is None]
     problems += [f"extra: {name}" for name in tensors if name not in expected]
     for name, shape in expected.items():
@@ -213,14 +222,16 @@ def _checkpoint(path: Path, fields: dict[str, Any], raw: dict[str, Any], source:
 
     def get(name: str) -> Tensor:
         tensor = tensors[name]
-        return tensor.read() if isinstance(tensor, _Lazy) else tensor
+        return tensor.read() if isinstance(tensor, LazyTensor) else tensor
 
-    if tensors[head] is not tensors[embed] and not torch.equal(get(head), get(embed)):
-        raise CheckpointError(
-            f"{path}: {head} differs from {embed}, but the model ties them; the checkpoint is inconsistent"
-        )
+    if tied is not None:
+        head, embed = tied
+        if tensors[head] is not tensors[embed] and not torch.equal(get(head), get(embed)):
+            raise CheckpointError(
+                f"{path}: {head} differs from {embed}, but the model ties them; the checkpoint is inconsistent"
+            )
     tokenizer = path.with_name("tokenizer.json")
-    return Checkpoint(settings, config, get, source, tokenizer if tokenizer.is_file() else None)
+    return Checkpoint(settings, config, get, source, tokenizer if tokenizer.is_file() else None, family)
 
 
 def _random(text: str) -> Checkpoint:
@@ -228,21 +239,25 @@ def _random(text: str) -> Checkpoint:
     name, _, seed_text = text.removeprefix("random:").partition(":")
     if seed_text and not seed_text.isdecimal():
         raise CheckpointError(f'{text}: the seed is "{seed_text}"; expected a number of at least 0')
-    if name in open_mythos.VARIANTS:
-        settings = open_mythos.VARIANTS[name]
+    variants = _variants()
+    if name in variants:
+        family, settings = variants[name]
     elif name.endswith(".json") and Path(name).is_file():
-        settings = _settings(_read_json(Path(name)), name)
+        fields = _read_json(Path(name))
+        family = _family(fields, name)
+        settings = _settings(family, fields, name)
     else:
         raise CheckpointError(
             f"{text}: no variant or config.json of that name; expected random:config.json or one of "
-            + ", ".join(f"random:{variant}" for variant in open_mythos.VARIANTS)
+            + ", ".join(f"random:{variant}" for variant in variants)
         )
-    seed, shapes = int(seed_text or 0), open_mythos.tensor_shapes(settings)
-    head, embed = open_mythos.TIED
+    config = _config(family, settings, text)
+    seed, shapes = int(seed_text or 0), family.tensor_shapes(settings)
+    head, embed = family.tied(settings) or ("", "")
 
     def get(tensor_name: str) -> Tensor:
         key = embed if tensor_name == head else tensor_name
-        mean, std = open_mythos.random_moments(key)
+        mean, std = family.random_moments(key)
         tensor = torch.full(shapes[key], mean)
         if std:
             digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
@@ -251,21 +266,21 @@ def _random(text: str) -> Checkpoint:
         return tensor
 
     source = Source(kind="random", name=f"random:{Path(name).name}:{seed}")
-    return Checkpoint(settings, _config(settings, text), get, source)
+    return Checkpoint(settings, config, get, source, family=family)
 
 
-def _settings(fields: dict[str, Any], where: str) -> Settings:
+def _settings(family: Family, fields: dict[str, Any], where: str) -> Any:
     try:
-        return msgspec.convert(fields, Settings)
+        return msgspec.convert(fields, family.settings)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, ConfigError):
             raise ConfigError(f"{where}: {error.__cause__}") from error
-        raise CheckpointError(f"{where}: its config is not one of open-mythos 0.5: {error}") from error
+        raise CheckpointError(f"{where}: its config is not one of {family.name}: {error}") from error
 
 
-def _config(settings: Settings, where: str) -> ModelConfig:
+def _config(family: Family, settings: Any, where: str) -> ModelConfig:
     try:
-        return open_mythos.model_config(settings)
+        return family.model_config(settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 

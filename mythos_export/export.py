@@ -12,11 +12,12 @@ import torch
 from tokenizers import Tokenizer
 
 from mythos_export import __version__, ops
-from mythos_export.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from mythos_export.checkpoint import Checkpoint, load_checkpoint
 from mythos_export.config import ModelConfig
-from mythos_export.families.open_mythos import Pack
+from mythos_export.families.family import Pack
 from mythos_export.model import Decoder
 from mythos_export.overloads import DEQUANTIZED, PORTABLE
+from mythos_export.shards import CheckpointError
 from mythos_export.trace import DATA_TYPES, Parameter, Traced, store_reduced, trace
 from runtimes.bundle import FORMAT_VERSION, BundleWriter, Graph, Manifest
 from runtimes.cache import CACHE_DTYPES
@@ -53,8 +54,8 @@ def export_bundle(
     source: what load_checkpoint takes, or a Checkpoint. loops: a fixed loop count, None for a dynamic one. max_loops: deepest
     n_loops of a dynamic bundle (default: the trained count). dtype: of the matrices. cache_dtype: of the cache, one of
     CACHE_DTYPES (default: dtype); int8 rows have a float32 scale each. tokenizer: a tokenizer.json (default: the one beside the
-    checkpoint, if any). eos: tokens that end a text (default none: OpenMythos checkpoints declare none, and the reference
-    generates on). force: replace an existing bundle.
+    checkpoint, if any). eos: tokens that end a text (default: those the checkpoint declares; OpenMythos ones declare none, and the
+    reference generates on). force: replace an existing bundle.
     Raises CheckpointError, ConfigError, InputError or BundleError before anything is written.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
@@ -89,7 +90,7 @@ def export_bundle(
                 files={},
                 source=checkpoint.source,
                 tokenizer=TOKENIZER_FILE if text_file else None,
-                eos_token_ids=eos_ids,
+                eos_token_ids=eos_ids or checkpoint.eos_token_ids,
             )
         )
 

@@ -38,6 +38,16 @@ def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
     }
 
 
+def list_families() -> list[dict[str, Any]]:
+    """The families of checkpoints: what their config.json names, and the random variants."""
+    from mythos_export.families import FAMILIES  # needs torch; a bundle is inspected without
+
+    return [
+        {"name": family.name, "architectures": list(family.architectures), "variants": list(family.variants)}
+        for family in FAMILIES
+    ]
+
+
 _NEEDS = {
     "run": ["numpy", "onnxruntime", "tokenizers", "msgspec"],
     "export": ["torch", "onnx", "onnxscript", "onnx-ir", "safetensors"],

@@ -1,15 +1,20 @@
-"""The reference model of the package open-mythos, run in eager torch: the oracle of parity and the baseline of speed."""
+"""The reference model in eager torch, the oracle of parity and the baseline of speed: of the package open-mythos, or of
+transformers for checkpoints of its architectures.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mythos_export.checkpoint import Checkpoint
@@ -22,32 +27,73 @@ class ReferenceMissingError(MythosError):
     """The reference package is not there."""
 
 
-def is_available() -> bool:
-    """Whether the package open-mythos is installed."""
-    return importlib.util.find_spec("open_mythos") is not None
+def is_available(checkpoint: Checkpoint) -> bool:
+    """Whether the package that has the checkpoint's reference model is installed."""
+    return importlib.util.find_spec(_package(checkpoint).replace("-", "_")) is not None
 
 
-def version() -> str:
+def version(checkpoint: Checkpoint) -> str:
     """Name and version of the oracle, for reports."""
-    return f"open-mythos {metadata.version('open-mythos')}"
+    package = _package(checkpoint)
+    return f"{package} {metadata.version(package)}"
+
+
+def _package(checkpoint: Checkpoint) -> str:
+    return "transformers" if checkpoint.family.architectures else "open-mythos"
 
 
 def reference_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
-    """The reference's own OpenMythos in eval mode, holding the checkpoint's tensors in dtype.
+    """The reference's own model in eval mode, holding the checkpoint's tensors in dtype. To be called as open-mythos's is: with
+    input_ids [B, S], and n_loops, kv_cache (a dict it fills) and start_pos where wanted; returns logits [B, S, V].
 
-    Raises ReferenceMissingError where the package is not installed. It is loaded without its __init__, which wants transformers.
+    Raises ReferenceMissingError where its package is not installed.
     """
+    state = {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict().items()}
+    if checkpoint.family.architectures:
+        return _Transformers(checkpoint, state)
     module = _load_module()
     config = module.MythosConfig(**msgspec.to_builtins(checkpoint.settings))
     with torch.device("meta"):
         model = module.OpenMythos(config)
-    state: dict[str, Tensor] = {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict().items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.head.weight = model.embed.weight
     head_dim = config.dim // config.n_heads
     model.freqs_cis = module.precompute_rope_freqs(head_dim, config.max_seq_len, config.rope_theta)
     model.freqs_cis_mla = module.precompute_rope_freqs(config.qk_rope_head_dim, config.max_seq_len, config.rope_theta)
     return model.eval()
+
+
+class _Transformers:
+    """A model of transformers, called as open-mythos's is; n_loops means nothing to it."""
+
+    def __init__(self, checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
+        if not is_available(checkpoint):
+            raise ReferenceMissingError("the reference model is not installed; run: pip install transformers")
+        transformers = importlib.import_module("transformers")
+        fields = {name: value for name, value in msgspec.to_builtins(checkpoint.settings).items() if value is not None}
+        head, _ = checkpoint.family.tied(checkpoint.settings) or ("", "")
+        state = {name: tensor.contiguous() for name, tensor in state.items() if name != head}
+        model_class = getattr(transformers, checkpoint.settings.architectures[0])
+        config = model_class.config_class(**fields, attn_implementation="eager")
+        with tempfile.TemporaryDirectory() as folder:  # its own reader knows how names of tensors changed over releases
+            save_file(state, Path(folder, "model.safetensors"))
+            config.save_pretrained(folder)
+            transformers.utils.logging.disable_progress_bar()
+            self._model = model_class.from_pretrained(folder, attn_implementation="eager").eval()
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        n_loops: int | None = None,
+        kv_cache: dict[str, Any] | None = None,
+        start_pos: int = 0,
+    ) -> Tensor:
+        past = None if kv_cache is None else kv_cache.get("past")
+        out = self._model(input_ids, past_key_values=past, use_cache=kv_cache is not None)
+        if kv_cache is not None:
+            kv_cache["past"] = out.past_key_values
+        logits: Tensor = out.logits
+        return logits
 
 
 def _load_module() -> Any:

@@ -217,14 +217,30 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
         yield tell
 
 
+def depth(loops: int | None, max_loops: int) -> str:
+    """How often a graph's loop runs, None where that is up to the caller; 0: it has none."""
+    if loops is None:
+        return f"1 to {max_loops} loops"
+    return f"{loops} loops" if loops else "no loop"
+
+
+def families_report(listed: list[dict[str, Any]]) -> str:
+    """What `inspect --families` shows."""
+    rows = [
+        [item["name"], ", ".join(item["architectures"]) or "MythosConfig", ", ".join(item["variants"]) or "none"]
+        for item in listed
+    ]
+    return markdown_table(["family", "config names", "random:VARIANT"], rows)
+
+
 def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
     """What `inspect` shows: the model, the graphs, where it came from, how well it agreed."""
     model, source, graphs = plain["model"], plain["source"], plain["graphs"]
     attention = model["prelude"] + model["loop_layers"] + model["coda"]
-    depth = f"{graphs[0]['loops']} loops" if graphs[0]["loops"] is not None else f"1 to {graphs[0]['max_loops']} loops"
+    loops = depth(graphs[0]["loops"], graphs[0]["max_loops"])
     millions = plain["parameters"] / 1e6
     weights = graphs[0]["weight_dtype"]
-    head = f"{plain['bundle']}: {millions:.1f} M parameters, {weights}, {depth}, {size(plain['bytes'])}"
+    head = f"{plain['bundle']}: {millions:.1f} M parameters, {weights}, {loops}, {size(plain['bytes'])}"
     if brief:
         return head
     layers = f"{len(model['prelude'])} prelude, {len(model['loop_layers'])} looped, {len(model['coda'])} coda"

@@ -47,7 +47,7 @@ def verify_bundle(
     text: file whose first `tokens` tokens are the input (default: random ids). loops: counts to check (default: the trained
     one, or the fixed one). Checks, each the largest absolute error: logits, new_kv, exit_loop against the model in torch with
     the bundle's rounding of weights and cache; decode, the last 8 tokens fed one by one; reference, logits against the package
-    open-mythos where it is installed and weights and cache are float32.
+    open-mythos, or transformers, where it is installed and weights and cache are float32.
     A float16 or int8 cache rounds: the last bit of a float may move a cached number by a level, and with it a token's choice of an
     expert. There an error is that of the median token, that of new_kv a share of the row's largest magnitude, and the tolerances
     (TOLERANCES) are wider. Raises InputError where bundle and checkpoint do not belong together.
@@ -67,7 +67,7 @@ def verify_bundle(
     weight_dtype = runner.graph.weight_dtype
     decoder = load_decoder(checkpoint, max_loops=max(depths), weight_dtype=DTYPES[weight_dtype])
     exact = weight_dtype == runner.graph.cache_dtype == "float32"
-    oracle = reference.reference_model(checkpoint) if reference.is_available() and exact else None
+    oracle = reference.reference_model(checkpoint) if reference.is_available(checkpoint) and exact else None
     checks: list[Check] = []
     for done, depth in enumerate(depths):
         if progress:
@@ -76,7 +76,7 @@ def verify_bundle(
     if progress:
         progress("verifying", len(depths), len(depths))
     parity = Parity(
-        f"torch {torch.__version__}" + (f", {reference.version()}" if oracle else ""), len(ids), tuple(checks)
+        f"torch {torch.__version__}" + (f", {reference.version(checkpoint)}" if oracle else ""), len(ids), tuple(checks)
     )
     rewrite_manifest(Path(bundle), msgspec.structs.replace(runner.manifest, parity=parity))
     return parity

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mythos_export import cli
-from mythos_export.checkpoint import CheckpointError, load_checkpoint
+from mythos_export.checkpoint import load_checkpoint
 from mythos_export.config import ConfigError
 from mythos_export.export import export_bundle
 from mythos_export.families.open_mythos import TIED
+from mythos_export.shards import CheckpointError
 from runtimes.errors import BackendError, BundleError, InputError, MythosError
 from runtimes.runner import load
 
@@ -232,13 +233,13 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path):
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    refused(tmp_path, r"expected step_\*\.pt files or one \.safetensors file with config\.json; found neither")
+    refused(tmp_path, r"expected step_\*\.pt files, or config\.json with one \.safetensors file or .*; found neither")
 
 
 def test_a_folder_with_two_safetensors_is_refused(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors").touch()
-    refused(tmp_path, r"one \.safetensors file with config\.json; found a\.safetensors, b\.safetensors")
+    refused(tmp_path, r"one \.safetensors file or .*; found a\.safetensors, b\.safetensors")
 
 
 @pytest.mark.parametrize("source", ["random:nosuch", "random:", "random:nosuch:3", "random:missing.json"])

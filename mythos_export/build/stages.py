@@ -45,8 +45,12 @@ class _Cut:
         _open_loop(self._graph, loop)
         nodes = list(self._graph)
         entries, updates = ([at for at, node in enumerate(nodes) if node.op_type == kind] for kind in (_ENTRY, _UPDATE))
-        if not entries or len(entries) != len(updates):
-            raise BackendError("the graph has no loop that engines are built for; export the checkpoint again")
+        if not entries and not updates:
+            raise BackendError(
+                "the model has no loop, and engines are built for looped ones only; run it with --backend onnxruntime"
+            )
+        if len(entries) != len(updates):
+            raise BackendError("the graph's loops are not laid out as expected; export the checkpoint again")
         loops = [nodes[first : last + 1] for first, last in zip(entries, updates, strict=True)]
         _tabulate(model, loops, loop)
         self._one_loop(loops[0], loop)

@@ -47,7 +47,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle."""
     from mythos_export.export import export_bundle as run
-    from mythos_export.report import progress_bar, size
+    from mythos_export.report import depth, progress_bar, size
 
     count = None if loops == "dynamic" else (numbers(loops, "--loops") or [0])
     if count is not None and len(count) != 1:
@@ -67,7 +67,6 @@ def export(
         )
     total = sum(entry.size for entry in manifest.files.values())
     graph = manifest.graphs[0]
-    depth = f"{graph.loops} loops" if graph.loops is not None else f"1 to {graph.max_loops} loops"
     plain = {
         "bundle": str(output),
         "bytes": total,
@@ -77,7 +76,7 @@ def export(
         "cache_dtype": graph.cache_dtype,
     }
     form = graph.dtype if graph.cache_dtype == graph.dtype else f"{graph.dtype} with a {graph.cache_dtype} cache"
-    emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {form}, {depth}")
+    emit(as_json, plain, "" if quiet else f"{output}: {size(total)}, {form}, {depth(graph.loops, graph.max_loops)}")
 
 
 @app.command()
@@ -110,11 +109,22 @@ def verify(
 
 
 @app.command()
-def inspect(bundle: Bundle, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Check a bundle and show what it holds."""
-    from mythos_export.inspection import inspect_bundle
-    from mythos_export.report import inspection_report
+def inspect(
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A bundle folder.")] = None,
+    families: Annotated[bool, typer.Option("--families", help="List the checkpoints that export takes.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a bundle and show what it holds; or list the families of checkpoints."""
+    from mythos_export.inspection import inspect_bundle, list_families
+    from mythos_export.report import families_report, inspection_report
 
+    if families == (bundle is not None):
+        raise InputError("expected a BUNDLE, or --families alone")
+    if bundle is None:
+        listed = list_families()
+        emit(as_json, listed, families_report(listed))
+        return
     plain = inspect_bundle(bundle)
     emit(as_json, plain, inspection_report(plain, brief=quiet))
 

@@ -1,1 +1,8 @@
-"""Checkpoint families: one file each maps a family's names and config onto ModelConfig and the Decoder's tensors."""
+"""Checkpoint families, a file each: how their config and their tensor names become ours."""
+
+from mythos_export.families import llama, mixtral, open_mythos
+from mythos_export.families.family import Family
+
+FAMILIES: tuple[Family, ...] = (open_mythos.FAMILY, llama.FAMILY, mixtral.FAMILY)
+
+__all__ = ["FAMILIES", "Family"]

@@ -7,7 +7,7 @@ split into its key and value part; experts are packed; what depends on the loop 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -25,16 +25,14 @@ from mythos_export.config import (
     MixtureOfExpertsConfig,
     ModelConfig,
 )
+from mythos_export.families import rope
+from mythos_export.families.family import Family, Get, Pack
 
-NAME = "open_mythos"
 # The one class a training checkpoint's pickle may name besides tensors.
 CONFIG_CLASS = "open_mythos.main.MythosConfig"
 # RoPE tables are stored as complex buffers; ours are computed, at the positions the config names.
 IGNORED_TENSORS = frozenset({"freqs_cis", "freqs_cis_mla"})
 TIED = ("head.weight", "embed.weight")
-
-Get = Callable[[str], Tensor]
-Pack = Callable[[], Iterator[Tensor]]  # the pieces of one of our tensors, joined along its first dimension
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -209,15 +207,15 @@ def tensor_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
 
 
 def pack(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
-    """For every tensor of Decoder, how to make it from the checkpoint's, piece by piece, so that few are in memory at once.
-
-    get: a checkpoint's tensor by name. max_loops: rows of the tables over loops.
-    """
     config = model_config(settings)
+
+    def table(part: int) -> Iterator[Tensor]:
+        yield rope.tables(config.max_seq_len, config.rope_dim, config.rope_theta)[part]
+
     packs: dict[str, Pack] = {
         "embed": lambda: iter([get("embed.weight")]),
-        "rope_cos": lambda: iter([torch.cos(_angles(config))]),
-        "rope_sin": lambda: iter([torch.sin(_angles(config))]),
+        "rope_cos": lambda: table(0),
+        "rope_sin": lambda: table(1),
         "norm": lambda: iter([get("norm.weight")]),
     }
     for group in ("prelude", "coda"):
@@ -332,12 +330,6 @@ def _halves(rows: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def _angles(config: ModelConfig) -> Tensor:
-    """RoPE angles [max_seq_len, rope_dim / 2], float32 as the reference computes them (arXiv 2104.09864)."""
-    steps = torch.arange(0, config.rope_dim, 2, dtype=torch.float32) / config.rope_dim
-    return torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), 1.0 / config.rope_theta**steps)
-
-
 def _loop_signal(settings: Settings, max_loops: int) -> Tensor:
     """Sinusoids of the loop's index in the first dim // 8 channels, 0 elsewhere: [max_loops, dim]."""
     width, loop = settings.dim // 8, model_config(settings).loop
@@ -362,3 +354,17 @@ def random_moments(name: str) -> tuple[float, float]:
         "recurrent.act.halt.bias": (-3.0, 0.02),
         "recurrent.lora.scale.weight": (0.0, 1.0),
     }.get(name, (0.0, 0.02))
+
+
+FAMILY = Family(
+    name="open-mythos 0.5",
+    architectures=(),
+    settings=Settings,
+    model_config=model_config,
+    tensor_shapes=tensor_shapes,
+    pack=pack,
+    ignored=IGNORED_TENSORS.__contains__,
+    tied=lambda settings: TIED,
+    variants=VARIANTS,
+    random_moments=random_moments,
+)

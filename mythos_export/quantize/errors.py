@@ -33,7 +33,8 @@ class OutputError:
     def add(self, matrix: MatrixPlan, index: int | None, weight: Tensor, restored: Tensor) -> None:
         """weight [O, I] with its factors, and what became of it: matrix `index` of a stack, or rows of a matrix."""
         _, columns = self._factors.of(matrix.name, index)
-        square, hessian = self._inputs(matrix.modules[index or 0])
+        read_by = matrix.modules  # none where rows are looked up only
+        square, hessian = self._inputs(read_by[index or 0]) if read_by else (None, None)
         if hessian is not None:
             self.over = "outputs"
             if columns is not None:
