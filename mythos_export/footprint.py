@@ -53,10 +53,13 @@ class LayerSize:
 
     def read(self, tokens: int, storage: Storage) -> float:
         """Bytes read for so many tokens at once, at most: every token may choose other experts."""
-        experts = min(self.n_experts, tokens * self.top_k)
+        return self.bytes(storage, min(self.n_experts, tokens * self.top_k))
+
+    def bytes(self, storage: Storage, experts: int) -> float:
+        """Of what every token reads, and of so many routed experts."""
         always = sum(storage.bytes(name, numbers) for name, numbers in self.matrices.items())
-        chosen = sum(storage.bytes(name, numbers) for name, numbers in self.expert.items())
-        return always + experts * chosen + storage.rest * self.rest
+        each = sum(storage.bytes(name, numbers) for name, numbers in self.expert.items())
+        return always + experts * each + storage.rest * self.rest
 
 
 def _attention(name: str, dim: int, config: AttentionConfig) -> LayerSize:
@@ -114,6 +117,14 @@ def parameters(config: ModelConfig) -> int:
     matrices = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     layers = sum(size.total for size in _sizes(config, "prelude", "recurrent.layers", "coda"))
     return layers + _loop_parts(config) + matrices + config.dim
+
+
+def weight_bytes(config: ModelConfig, storage: Storage = Storage()) -> float:
+    """Bytes of all weights as they are stored, tied matrices once, tables (RoPE, loops) aside."""
+    layers = sum(size.bytes(storage, size.n_experts) for size in _sizes(config, "prelude", "recurrent.layers", "coda"))
+    matrices = ["embed"] if config.tie_embeddings else ["embed", "head"]
+    ends = sum(storage.bytes(name, config.vocab_size * config.dim) for name in matrices)
+    return layers + ends + storage.rest * (_loop_parts(config) + config.dim)
 
 
 def weight_bytes_read(config: ModelConfig, n_loops: int, tokens: int = 1, storage: Storage = Storage()) -> float:

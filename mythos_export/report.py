@@ -233,6 +233,36 @@ def families_report(listed: list[dict[str, Any]]) -> str:
     return markdown_table(["family", "config names", "random:VARIANT"], rows)
 
 
+def plan_report(plain: dict[str, Any]) -> str:
+    """What `inspect` shows of a checkpoint that is not exported yet."""
+    forms = plain["forms"]
+    head = (
+        f"{plain['source']} ({plain['family']}): {plain['parameters'] / 1e6:.1f} M parameters, {plain['layers']} layers, "
+        f"{depth(plain['loops'], 0)}; one sequence of {plain['context']} tokens"
+    )
+    sizes = [
+        [form["stored"], size(form["weight_bytes"]), size(form["cache_bytes"]), size(form["bytes_per_token"])]
+        for form in forms
+    ]
+    boards = [
+        [part["board"], *(_limit(form["boards"][index]) for form in forms)]
+        for index, part in enumerate(forms[0]["boards"])
+    ]
+    return "\n".join(
+        [
+            head,
+            markdown_table(["stored as", "weights", "cache", "read a token"], sizes),
+            "tokens/s that the memory's bandwidth allows at most, by data sheet; weights and cache must fit:",
+            markdown_table(["board", *(form["stored"] for form in forms)], boards),
+        ]
+    )
+
+
+def _limit(board: dict[str, Any]) -> str:
+    missing = board["missing_bytes"]
+    return f"{size(missing)} short" if missing else f"{board['tokens_per_second_limit']:.3g}"
+
+
 def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
     """What `inspect` shows: the model, the graphs, where it came from, how well it agreed."""
     model, source, graphs = plain["model"], plain["source"], plain["graphs"]

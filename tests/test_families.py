@@ -20,11 +20,12 @@ from mythos_export.config import ConfigError
 from mythos_export.export import export_bundle
 from mythos_export.families import FAMILIES
 from mythos_export.overloads import MANY_TOKENS
+from mythos_export.planning import plan
 from mythos_export.quantize import quantize_bundle
 from mythos_export.reference import reference_model
 from mythos_export.shards import CheckpointError
 from mythos_export.verify import verify_bundle
-from runtimes.errors import BackendError, MythosError
+from runtimes.errors import BackendError, InputError, MythosError
 from runtimes.runner import load
 
 SMALL = {
@@ -175,6 +176,27 @@ def test_a_random_checkpoint_of_a_family_is_transformers(tmp_path: Path) -> None
     with torch.no_grad():
         expected = reference_model(checkpoint)(torch.from_numpy(ids[None]))[0].numpy()
     np.testing.assert_allclose(load(tmp_path / "bundle").score(ids.tolist(), logits=True), expected, rtol=0, atol=2e-4)
+
+
+def test_what_a_checkpoint_will_need_is_known_before_it_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("Mixtral", tmp_path, num_local_experts=4, num_experts_per_tok=2)
+    planned = plan(tmp_path, context=100)
+    manifest = export_bundle(tmp_path, tmp_path / "bundle")
+    tables = 2 * 4 * SMALL["max_position_embeddings"] * 6
+    padding = 4096 * 30
+    stored = manifest.files["weights.bin"].size - tables
+    assert planned["forms"][0]["weight_bytes"] <= stored <= planned["forms"][0]["weight_bytes"] + padding
+    assert (
+        planned["forms"][0]["cache_bytes"] == 2 * 100 * 2 * 2 * 12 * 4
+    )  # layers, tokens, keys and values of two heads
+    with pytest.raises(InputError, match="context is 193; expected 1 to 192, the model's positions"):
+        plan(tmp_path, context=193)
+    app(["inspect", "random:myth_1.7t"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "random:myth_1.7t:0 (mixtral): 1695631.9 M parameters, 80 layers, no loop" in shown
+    assert "| H200, 141 GB            | 6.6 TB short" in shown
 
 
 # What is refused

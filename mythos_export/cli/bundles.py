@@ -110,23 +110,37 @@ def verify(
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A bundle folder.")] = None,
+    bundle: Annotated[
+        str | None,
+        typer.Argument(metavar="BUNDLE", help="A bundle folder; or a SOURCE of export, to plan with before it is one."),
+    ] = None,
     families: Annotated[bool, typer.Option("--families", help="List the checkpoints that export takes.")] = False,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Of a SOURCE: tokens to reckon for; default 4096.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check a bundle and show what it holds; or list the families of checkpoints."""
-    from mythos_export.inspection import inspect_bundle, list_families
-    from mythos_export.report import families_report, inspection_report
+    """Check a bundle and show what it holds; or what a checkpoint will need, board by board."""
+    from mythos_export import inspection, planning, report
 
     if families == (bundle is not None):
-        raise InputError("expected a BUNDLE, or --families alone")
+        raise InputError("expected a BUNDLE or a SOURCE, or --families alone")
     if bundle is None:
-        listed = list_families()
-        emit(as_json, listed, families_report(listed))
-        return
-    plain = inspect_bundle(bundle)
-    emit(as_json, plain, inspection_report(plain, brief=quiet))
+        listed = inspection.list_families()
+        emit(as_json, listed, report.families_report(listed))
+    elif (Path(bundle) / "manifest.json").is_file() or not _is_source(bundle):
+        plain = inspection.inspect_bundle(bundle)
+        emit(as_json, plain, report.inspection_report(plain, brief=quiet))
+    else:
+        planned = planning.plan(bundle, context)
+        emit(as_json, planned, report.plan_report(planned))
+
+
+def _is_source(text: str) -> bool:
+    path = Path(text)
+    found = path.is_dir() and any(child.suffix in (".pt", ".safetensors") for child in path.iterdir())
+    return text.startswith("random:") or path.suffix in (".pt", ".safetensors") or found
 
 
 @app.command()
