@@ -22,6 +22,7 @@ from mythos_export.families import FAMILIES
 from mythos_export.overloads import MANY_TOKENS
 from mythos_export.planning import plan
 from mythos_export.quantize import quantize_bundle
+from mythos_export.quantize.bundle import Text
 from mythos_export.reference import reference_model
 from mythos_export.shards import CheckpointError
 from mythos_export.verify import verify_bundle
@@ -125,15 +126,18 @@ def test_bundles_are_verified_against_transformers(pair: tuple[Any, Path, Path])
     assert all(check.ok for check in parity.checks)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4"])
+@pytest.mark.parametrize("recipe", ["int8", "int4", "int4-gptq", "w8a8"])
 def test_quantized_bundles_of_a_family_run(tmp_path: Path, recipe: str) -> None:
+    """Calibrated ones as well: there, a model without a loop is one of a single loop."""
     save("Mixtral", tmp_path / "checkpoint", num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
-    quantize_bundle(tmp_path / "bundle", tmp_path / "quantized", recipe)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, 97, (8, 64)))
+    text = Text(tmp_path / "ids.npy", 4, 64) if recipe in ("int4-gptq", "w8a8") else None
+    quantize_bundle(tmp_path / "bundle", tmp_path / "quantized", recipe, text=text)
     ids = np.random.default_rng(0).integers(0, 97, 40).tolist()
     plain, rounded = (load(tmp_path / name).score(ids, logits=True) for name in ("bundle", "quantized"))
     assert not np.array_equal(plain, rounded)
-    bits = 8 if recipe == "int8" else 4
+    bits = 4 if "int4" in recipe else 8
     assert np.abs(plain - rounded).mean() < 16 * 2.0**-bits * np.abs(plain).mean()
 
 

@@ -64,8 +64,8 @@ class QuantizableBundle:
 
     @property
     def n_loops(self) -> int:
-        """The depth that calibration runs: the bundle's own."""
-        return self.graph.default_loops if self.graph.loops is None else self.graph.loops
+        """Times that statistics see a layer: the trained loops, or 1 of a model without a loop."""
+        return max(1, self.graph.default_loops if self.graph.loops is None else self.graph.loops)
 
     @property
     def weights_sha256(self) -> str:
