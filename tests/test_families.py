@@ -126,8 +126,8 @@ def test_bundles_are_verified_against_transformers(pair: tuple[Any, Path, Path])
     assert all(check.ok for check in parity.checks)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4", "int4-gptq", "w8a8"])
-def test_quantized_bundles_of_a_family_run(tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "error"), [("int8", 0.08), ("w8a8", 0.15), ("int4", 0.9), ("int4-gptq", 0.9)])
+def test_quantized_bundles_of_a_family_run(tmp_path: Path, recipe: str, error: float) -> None:
     """Calibrated ones as well: there, a model without a loop is one of a single loop."""
     save("Mixtral", tmp_path / "checkpoint", num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
@@ -137,8 +137,7 @@ def test_quantized_bundles_of_a_family_run(tmp_path: Path, recipe: str) -> None:
     ids = np.random.default_rng(0).integers(0, 97, 40).tolist()
     plain, rounded = (load(tmp_path / name).score(ids, logits=True) for name in ("bundle", "quantized"))
     assert not np.array_equal(plain, rounded)
-    bits = 4 if "int4" in recipe else 8
-    assert np.abs(plain - rounded).mean() < 16 * 2.0**-bits * np.abs(plain).mean()
+    assert np.abs(plain - rounded).mean() < error * np.abs(plain).mean()  # of random weights, which round badly
 
 
 def test_engines_are_refused(tmp_path: Path) -> None:
