@@ -114,8 +114,7 @@ Manifest parsed(const fs::path& path) {
       manifest.files[name] = {static_cast<uint64_t>(number(entry, "size")), entry.at("sha256").get<std::string>()};
     }
     if (head.contains("eos_token_ids")) manifest.eos_token_ids = head.at("eos_token_ids").get<std::vector<int64_t>>();
-    if (head.contains("tokenizer") && !head["tokenizer"].is_null() && !manifest.files.count(head["tokenizer"].get<std::string>()))
-      damaged(text(path) + ": names " + head["tokenizer"].get<std::string>() + " without a checksum; export again");
+    if (head.contains("tokenizer") && !head["tokenizer"].is_null()) manifest.tokenizer = head["tokenizer"].get<std::string>();
     return manifest;
   } catch (const json::exception& problem) {
     damaged(text(path) + ": damaged manifest: " + problem.what() + "; export the checkpoint again");
@@ -163,6 +162,7 @@ Manifest open_bundle(const fs::path& folder) {
     }
   }
   std::set<std::string> unlisted;
+  if (!manifest.tokenizer.empty() && !manifest.files.count(manifest.tokenizer)) unlisted.insert(manifest.tokenizer);
   for (const Graph& graph : manifest.graphs) {
     if (!manifest.files.count(graph.file)) unlisted.insert(graph.file);
     for (const auto& name : graph.weights)

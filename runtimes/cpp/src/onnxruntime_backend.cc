@@ -18,8 +18,6 @@ ONNXTensorElementDataType element_type(const std::string& dtype) {
   return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 
-size_t item_size(const std::string& dtype) { return dtype == "float16" ? 2 : dtype == "int8" ? 1 : 4; }
-
 // One environment for all runners, for as long as the process lives: onnxruntime's threads and allocators end with it.
 Ort::Env& environment() {
   static Ort::Env* env = new Ort::Env(ORT_LOGGING_LEVEL_FATAL, "mythos");
@@ -87,7 +85,7 @@ class OnnxRuntimeBackend : public Backend {
     values.push_back(integers(step.input_ids, {b, step.seq}));
     values.push_back(integers(step.past_len, {b}));
     const int64_t cache[] = {step.slots, b, step.capacity, width};
-    const size_t bytes = static_cast<size_t>(step.slots * b * step.capacity * width) * item_size(graph_.cache_dtype);
+    const size_t bytes = static_cast<size_t>(step.slots * b * step.capacity * width) * graph_.cache_item_size();
     values.push_back(Ort::Value::CreateTensor(memory_, const_cast<void*>(step.past_kv), bytes, cache, 4,
                                               element_type(graph_.cache_dtype)));
     values.push_back(integers(step.logit_positions, {b, step.k}));

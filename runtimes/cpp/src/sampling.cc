@@ -80,6 +80,7 @@ void Sampling::check() const {
 }
 
 int64_t Sampling::choose(const float* logits, int64_t n, const std::vector<int64_t>& seen, SplitMix64& random) const {
+  if (temperature == 0 && repetition_penalty == 1) return std::max_element(logits, logits + n) - logits;
   std::vector<double> values(logits, logits + n);
   if (repetition_penalty != 1) {
     for (const int64_t id : std::set<int64_t>(seen.begin(), seen.end()))

@@ -16,8 +16,6 @@ constexpr int64_t kBlock = 256;  // rows by which caches grow
 
 std::string number(int64_t value) { return std::to_string(value); }
 
-size_t item_size(const Graph& graph) { return graph.cache_dtype == "float16" ? 2 : graph.cache_dtype == "int8" ? 1 : 4; }
-
 }  // namespace
 
 void MemoryBudget::take(uint64_t bytes) {
@@ -70,7 +68,7 @@ Session::Session(Backend& backend, MemoryBudget& budget, int64_t batch, const st
   const Graph& graph = backend.graph();
   n_loops_ = checked_n_loops(graph, n_loops, batch);
   slots_ = graph.slots(*std::max_element(n_loops_.begin(), n_loops_.end()));
-  row_bytes_ = static_cast<size_t>(graph.cache_width) * item_size(graph);
+  row_bytes_ = static_cast<size_t>(graph.cache_width) * graph.cache_item_size();
   capacity_ = kBlock;
   length_.assign(static_cast<size_t>(batch), 0);
   if (graph.cache_dtype == "int8") scales_.assign(static_cast<size_t>(slots_ * batch * capacity_), 0);
@@ -81,8 +79,7 @@ Session::Session(Backend& backend, MemoryBudget& budget, int64_t batch, const st
 Session::~Session() { budget_.give_back(bytes(capacity_, batch())); }
 
 uint64_t Session::bytes(int64_t capacity, int64_t batch) const {
-  const uint64_t scale = backend_.graph().cache_dtype == "int8" ? sizeof(float) : 0;
-  return static_cast<uint64_t>(slots_ * batch * capacity) * (row_bytes_ + scale);
+  return static_cast<uint64_t>(slots_ * batch * capacity) * backend_.graph().cache_row_size();
 }
 
 void Session::check_ids(const Rows& ids) const {
