@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,28 +28,33 @@ def tool(name: str) -> str:
     return found
 
 
-def run(*command: object, **environment: str) -> str:
+def run(*command: object, input: str = "", **environment: str) -> str:
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, env=os.environ | environment
+        [str(part) for part in command],
+        input=input,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
-def install_sdk(prefix: Path) -> None:
-    """Builds the library where `make cpp` does, whose folder keeps what need not be built again, and installs it."""
-    cmake, build = tool("cmake"), CPP / "build" / platform.machine()
+@contextmanager
+def built(preset: str, *options: str) -> Iterator[Path]:
+    """Builds the library where `make cpp` does, whose folder keeps what need not be built again."""
+    cmake, builds = tool("cmake"), CPP / "build" / platform.machine()
     if shutil.which(os.environ.get("CXX", "c++")) is None or not Path("/usr/include/openssl").is_dir():
         pytest.skip("needs a C++ compiler and OpenSSL's headers (Debian: g++ and libssl-dev)")
-    build.mkdir(parents=True, exist_ok=True)
-    with (build / "lock").open("w") as lock:  # tests run in several processes
+    builds.mkdir(parents=True, exist_ok=True)
+    with (builds / "lock").open("w") as lock:  # tests run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
-        run(cmake, "-S", CPP, "-B", build, f"-DPYTHON={sys.executable}")
-        run(cmake, "--build", build, "--parallel", "2")
-        run(cmake, "--install", build, "--prefix", prefix)
+        run(cmake, "-S", CPP, "--preset", preset, "-B", builds / preset, f"-DPYTHON={sys.executable}", *options)
+        run(cmake, "--build", builds / preset, "--parallel", "2")
+        yield builds / preset
 
 
-def build_examples(sdk: Path, build: Path) -> None:
-    """The programs of examples/cpp against an installed SDK."""
-    run(tool("cmake"), "-S", ROOT / "examples" / "cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={sdk}")
-    run(tool("cmake"), "--build", build, "--parallel", "2")
+def install_sdk(prefix: Path) -> None:
+    with built("release") as build:
+        run(tool("cmake"), "--install", build, "--prefix", prefix)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from c_runtime import CANCELLED, OK, CError, CRunner, CSession, Library
-from cpp_sdk import build_examples, run, tool
+from cpp_sdk import ROOT, run, tool
 
 from runtimes import native_operators
 from runtimes.runner import Runner, load
@@ -170,19 +170,47 @@ def test_runners_that_come_and_go_leave_nothing_behind(library: Library, tiny_bu
 # The SDK
 
 
-def test_a_program_builds_against_the_sdk(sdk: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    build = tmp_path / "build"
-    build_examples(sdk, build)
+@pytest.fixture(scope="session")
+def programs(sdk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The examples, built against the installed SDK."""
+    build = tmp_path_factory.mktemp("examples")
+    run(tool("cmake"), "-S", ROOT / "examples" / "cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={sdk}")
+    run(tool("cmake"), "--build", build, "--parallel", "2")
+    return build
+
+
+def test_programs_give_pythons_tokens(programs: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     python = load(tiny_bundle, "onnxruntime")
     for options in ({}, {"temperature": 0.8, "seed": 9}):
         extra = [f"{value}" for value in options.values()]
-        out = run(build / "generate", tiny_bundle, "5,6,7", 128, *extra)
+        out = run(programs / "generate", tiny_bundle, "5,6,7", 128, *extra)
         want = python.generate([5, 6, 7], 128, **options).complete().ids
         assert [int(token) for token in out.split()] == want
-    ticks = run(build / "robot_loop", tiny_bundle, 20, 3).splitlines()
+    ticks = run(programs / "robot_loop", tiny_bundle, 20, 3).splitlines()
     assert [line.partition(":")[0] for line in ticks] == ["tick 0", "tick 1", "tick 2"]
-    failed = subprocess.run([build / "generate", tmp_path, "1"], capture_output=True, text=True, check=False)
+    failed = subprocess.run([programs / "generate", tmp_path, "1"], capture_output=True, text=True, check=False)
     assert (failed.returncode, "not a bundle" in failed.stderr) == (2, True)
+
+
+def test_a_chat(sdk: Path, library: Library, programs: Path, tiny_bundle: Path) -> None:
+    if not library.open(tiny_bundle, threads=1).info.has_text:
+        pytest.skip("text is not built in; `make cpp` says why")
+    prompt = "JULIET.\nO gentle night,\n"
+    said = run(programs / "chat", tiny_bundle, 40, input=prompt)
+    python, ids = load(tiny_bundle, "onnxruntime"), []
+    want = ""
+    for line in prompt.splitlines(keepends=True):
+        ids += python.encode(line)
+        answer = python.generate(ids, 40, stop="\n\n").complete()
+        ids, want = ids + answer.ids, f"{want}{answer.text}\n\n"
+    assert said == want
+
+
+def test_a_bench(programs: Path, tiny_bundle: Path) -> None:
+    lines = run(programs / "bench", tiny_bundle, "-p", 16, "-n", 4, "-r", 2, "-d", 8, "--threads", 1).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("|")] == ["test", "--------------", "pp16", "tg4"]
+    refused = subprocess.run([programs / "bench", tiny_bundle, "-r", "0"], capture_output=True, text=True, check=False)
+    assert (refused.returncode, "-r and -b at least 1" in refused.stderr) == (2, True)
 
 
 def test_nothing_but_the_c_functions_is_exported(sdk: Path) -> None:

@@ -4,7 +4,8 @@ find_package(Threads REQUIRED)
 find_package(OpenSSL REQUIRED COMPONENTS Crypto)
 set(ONNXRUNTIME_ROOT "$ENV{ONNXRUNTIME_ROOT}" CACHE PATH "Folder with onnxruntime's include and lib")
 set(PYTHON python3 CACHE STRING "Interpreter whose onnxruntime package has the library")
-set(debian ${CMAKE_BINARY_DIR}/debian)
+set(MYTHOS_DOWNLOADS ${CMAKE_BINARY_DIR} CACHE PATH "Folder for what has to be fetched, which several builds may share")
+set(debian ${MYTHOS_DOWNLOADS}/debian)
 
 function(find_parts)
   find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_cxx_api.h HINTS ${ONNXRUNTIME_ROOT}/include ${debian}/usr/include

@@ -3,13 +3,19 @@
 set(MYTHOS_TEXT AUTO CACHE STRING "text with token ids: ON, OFF, or AUTO for where its sources can be had")
 set(MYTHOS_INSTALLED_RE2 ON CACHE BOOL "use an installed RE2; OFF for a library that runs where none is")
 set(TOKENIZERS_ROOT "" CACHE PATH "Unpacked sources of pytorch-tokenizers")
-set(tokenizers_requirement
-    "pytorch-tokenizers==1.0.1 --hash=sha256:19938c0efd5348fb0589610094c1c6bf6e055b20889f6250068d2b552a0b137b")
+set(tokenizers_version 1.0.1)
+set(tokenizers_sha256 19938c0efd5348fb0589610094c1c6bf6e055b20889f6250068d2b552a0b137b)
 
-# The sources, unpacked into the build folder, or why they cannot be had.
+# Unpacks the sources, once, or says why they cannot be had.
 function(fetch_tokenizers reason)
-  set(folder ${CMAKE_BINARY_DIR}/tokenizers)
-  file(WRITE ${folder}/requirement.txt "${tokenizers_requirement}\n")
+  set(folder ${MYTHOS_DOWNLOADS}/tokenizers)
+  set(name pytorch_tokenizers-${tokenizers_version})
+  set(TOKENIZERS_ROOT ${folder}/${name} CACHE PATH "Unpacked sources of pytorch-tokenizers" FORCE)
+  if(EXISTS ${TOKENIZERS_ROOT}/CMakeLists.txt)
+    return()
+  endif()
+  unset(TOKENIZERS_ROOT CACHE)
+  file(WRITE ${folder}/requirement.txt "pytorch-tokenizers==${tokenizers_version} --hash=sha256:${tokenizers_sha256}\n")
   execute_process(COMMAND ${PYTHON} -m pip download --quiet --no-deps --no-binary pytorch-tokenizers --require-hashes
                           --requirement ${folder}/requirement.txt --dest ${folder}
                   RESULT_VARIABLE failed ERROR_VARIABLE message OUTPUT_QUIET)
@@ -18,12 +24,9 @@ function(fetch_tokenizers reason)
     set(${reason} "${PYTHON} -m pip download: ${message}" PARENT_SCOPE)
     return()
   endif()
-  file(GLOB archive ${folder}/*.tar.gz)
-  file(ARCHIVE_EXTRACT INPUT ${archive} DESTINATION ${folder}
+  file(ARCHIVE_EXTRACT INPUT ${folder}/${name}.tar.gz DESTINATION ${folder}
        PATTERNS */CMakeLists.txt */LICENSE */include/pytorch/* */src/*.cpp */llama.cpp-unicode/* */re2/* */abseil-cpp/*)
-  file(GLOB root ${folder}/pytorch_tokenizers-*/CMakeLists.txt)
-  get_filename_component(root ${root} DIRECTORY)
-  set(TOKENIZERS_ROOT ${root} CACHE PATH "Unpacked sources of pytorch-tokenizers" FORCE)
+  set(TOKENIZERS_ROOT ${folder}/${name} CACHE PATH "Unpacked sources of pytorch-tokenizers" FORCE)
 endfunction()
 
 function(find_re2)

@@ -2,6 +2,7 @@
 
 #include <openssl/evp.h>
 
+#include <algorithm>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -88,6 +89,7 @@ Graph graph_of(const json& object) {
   graph.cache_width = number(object, "cache_width", 1);
   graph.vocab_size = number(object, "vocab_size", 1);
   graph.max_seq_len = number(object, "max_seq_len", 1);
+  if (graph.most_cache_bytes() > kMostCacheBytes) throw std::invalid_argument("a graph's cache is larger than any memory");
   return graph;
 }
 
@@ -147,6 +149,13 @@ void check_file(const fs::path& folder, const std::string& name, const FileEntry
 }
 
 }  // namespace
+
+double Graph::most_cache_bytes() const {
+  const auto real = [](int64_t value) { return static_cast<double>(value); };
+  const double slots_most =
+      real(prelude_slots) + real(std::max({max_loops, default_loops, loops})) * real(loop_slots) + real(coda_slots);
+  return slots_most * real(max_seq_len) * (real(cache_width) * sizeof(float) + sizeof(float));
+}
 
 Manifest open_bundle(const fs::path& folder) {
   if (!fs::is_directory(folder)) damaged(text(folder) + ": no such folder; expected a bundle made by `mythos-export export`");

@@ -66,6 +66,8 @@ Session::Session(Backend& backend, MemoryBudget& budget, int64_t batch, const st
     : backend_(backend), budget_(budget) {
   if (batch < 1) refuse("batch is " + number(batch) + "; expected at least 1");
   const Graph& graph = backend.graph();
+  if (static_cast<double>(batch) * graph.most_cache_bytes() > kMostCacheBytes)
+    throw Error(MYTHOS_ERROR_MEMORY, "batch is " + number(batch) + ", more than any memory holds; lower it");
   n_loops_ = checked_n_loops(graph, n_loops, batch);
   slots_ = graph.slots(*std::max_element(n_loops_.begin(), n_loops_.end()));
   row_bytes_ = static_cast<size_t>(graph.cache_width) * graph.cache_item_size();
