@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv native cpp cpp-asan cpp-tsan cpp-fuzz toolchains demo test lint clean
+.PHONY: venv native cpp cpp-asan cpp-tsan cpp-fuzz cpp-aarch64 toolchains demo test lint clean
 
 venv: .venv/installed
 
@@ -58,6 +58,10 @@ cpp-fuzz: toolchains $(CPP_BUNDLE)
 	for what in files calls; do $(CPP_TESTS) MYTHOS_TEST_SEEDS=$(CURDIR)/$(CPP)/corpus/files ASAN_OPTIONS=allocator_may_return_null=1 \
 		$(CPP)/fuzz/fuzz/fuzz_$$what -max_total_time=$(SECONDS) -timeout=60 -max_len=20000 -dict=tests/cpp/fuzz/json.dict \
 		-artifact_prefix=$(CPP)/corpus/ $(CPP)/corpus/$$what || exit 1; done
+
+# Cross-compiled, and run under emulation.
+cpp-aarch64: toolchains native
+	MYTHOS_TEST_AARCH64=1 $(BIN)/pytest tests/test_cpp_aarch64.py
 
 cpp_build = $(BIN)/cmake -S runtimes/cpp --preset $(1) -B $(CPP)/$(1) -DPYTHON=$(CURDIR)/$(BIN)/python >/dev/null \
 	&& $(BIN)/cmake --build $(CPP)/$(1) --parallel 2 >/dev/null

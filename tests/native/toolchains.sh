@@ -6,6 +6,7 @@ missing=()
 command -v "${CXX:-c++}" >/dev/null || missing+=(g++)
 has_header() { printf '#include <%s>' "$1" | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1; }
 has_header openssl/evp.h || missing+=(libssl-dev)
+has_header nlohmann/json.hpp || missing+=(nlohmann-json3-dev)
 has_header re2/re2.h || missing+=(libre2-dev)
 has_header gtest/gtest.h || missing+=(libgtest-dev)
 if [ "$(uname -m)" != aarch64 ]; then # there the NEON kernels run as they are

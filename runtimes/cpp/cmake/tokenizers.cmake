@@ -42,6 +42,7 @@ function(find_re2)
   set(CMAKE_POSITION_INDEPENDENT_CODE ON)
   set(CMAKE_CXX_STANDARD 17)
   set(ABSL_PROPAGATE_CXX_STD ON)
+  set(ABSL_ENABLE_INSTALL ON) # RE2 wants it; nothing of either is installed
   set(BUILD_TESTING OFF)
   add_subdirectory(${TOKENIZERS_ROOT}/third-party/abseil-cpp ${CMAKE_BINARY_DIR}/abseil EXCLUDE_FROM_ALL)
   add_subdirectory(${TOKENIZERS_ROOT}/third-party/re2 ${CMAKE_BINARY_DIR}/re2 EXCLUDE_FROM_ALL)

@@ -1,11 +1,11 @@
 // The bundle's graph on onnxruntime's CPU provider: weights mapped from disk, nothing copied in.
-#include <dlfcn.h>
 #include <onnxruntime_cxx_api.h>
 
 #include <cstdlib>
 
 #include "backend.h"
 #include "error.h"
+#include "onnxruntime_library.h"
 
 namespace mythos {
 namespace {
@@ -28,9 +28,8 @@ Ort::Env& environment() {
 fs::path operators_of(const std::string& given) {
   if (!given.empty()) return given;
   if (const char* named = std::getenv("MYTHOS_OPERATORS"); named && *named) return named;
-  Dl_info here;
-  if (!dladdr(reinterpret_cast<const void*>(&mythos_version), &here) || !here.dli_fname) return {};
-  return fs::path(here.dli_fname).parent_path() / "libmythos_ops.so";
+  const fs::path own = own_folder(), beside = own / "libmythos_ops.so";
+  return fs::exists(beside) ? beside : own / "../../../native/lib/libmythos_ops.so";  // where the Python package has both
 }
 
 class Outputs : public StepOutput {
@@ -171,6 +170,7 @@ const Graph& chosen(const Manifest& manifest) {
 }  // namespace
 
 std::unique_ptr<Backend> open_onnxruntime(const fs::path& folder, const Manifest& manifest, const BackendOptions& options) {
+  load_onnxruntime();
   return std::make_unique<OnnxRuntimeBackend>(folder, chosen(manifest), options);
 }
 
