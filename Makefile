@@ -82,4 +82,4 @@ lint: venv
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv dist build runtimes/native/build runtimes/native/lib runtimes/cpp/build runtimes/cpp/sdk .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build runtimes/native/build runtimes/native/lib runtimes/cpp/build runtimes/cpp/sdk runtimes/cpp/sdk-aarch64 .pytest_cache .mypy_cache .ruff_cache .hypothesis

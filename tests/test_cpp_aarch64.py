@@ -1,4 +1,4 @@
-"""The Runner in C++ on 64-bit ARM: cross-compiled, it gives Python's tokens and text under emulation. Minutes: `make cpp-aarch64`."""
+"""The Runner in C++ for 64-bit ARM: cross-compiled and emulated, it gives Python's tokens and text. Minutes: `make cpp-aarch64`."""
 
 from __future__ import annotations
 
