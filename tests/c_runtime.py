@@ -21,6 +21,7 @@ class Options(ctypes.Structure):
         ("native", c_int32),
         ("operators_library", c_char_p),
         ("memory_limit", c_uint64),
+        ("prefill_chunk", c_int64),
     )
 
 

@@ -80,6 +80,16 @@ def test_scores_and_sessions_are_pythons(both: tuple[CRunner, Runner]) -> None:
     assert sessions[0].past_len == sessions[1].past_len.tolist()
 
 
+def test_prompts_in_small_chunks(library: Library, tiny_bundle: Path) -> None:
+    ids = np.random.default_rng(1).integers(0, 2048, 100).tolist()
+    whole, parts = (library.open(tiny_bundle, threads=1, native=0, prefill_chunk=chunk) for chunk in (0, 7))
+    np.testing.assert_allclose(parts.score(ids), whole.score(ids), atol=1e-4)
+    logits = [runner.session(2).advance([ids, ids[:9]])[0] for runner in (whole, parts)]
+    np.testing.assert_allclose(*logits, atol=1e-4)
+    with pytest.raises(CError, match="prefill_chunk is -1; expected 0"):
+        library.open(tiny_bundle, prefill_chunk=-1)
+
+
 def test_depths_of_each_sequence(library: Library, tiny_bundle: Path) -> None:
     in_c, in_python = (
         library.open(tiny_bundle, native=0, threads=1),

@@ -21,6 +21,7 @@ class Timed : public mythos::Backend {
   const char* name() const override { return inner_->name(); }
   const mythos::Graph& graph() const override { return inner_->graph(); }
   bool native() const override { return inner_->native(); }
+  int64_t longest_step() const override { return inner_->longest_step(); }
   std::unique_ptr<mythos::StepOutput> run(const mythos::StepInput& step, mythos::StopSignal& stop) override {
     const auto began = Clock::now();
     auto out = inner_->run(step, stop);
@@ -43,7 +44,7 @@ int main(int argc, char** argv) {
   }
   const auto manifest = mythos::open_bundle(argv[1]);
   const auto text = mythos::open_text(argv[1], manifest.tokenizer);
-  Timed backend(mythos::open_onnxruntime(argv[1], manifest, {argc > 4 ? std::atoi(argv[4]) : 0, -1, ""}));
+  Timed backend(mythos::open_onnxruntime(argv[1], manifest, {argc > 4 ? std::atoi(argv[4]) : 0, -1, "", 512}));
   mythos::MemoryBudget budget(0);
   mythos::Request request;
   request.max_new_tokens = argc > 2 ? std::atoll(argv[2]) : 400;

@@ -48,7 +48,7 @@ class Outputs : public StepOutput {
 class OnnxRuntimeBackend : public Backend {
  public:
   OnnxRuntimeBackend(const fs::path& folder, Graph graph, const BackendOptions& options)
-      : graph_(std::move(graph)), int8_(graph_.cache_dtype == "int8"), session_(nullptr) {
+      : graph_(std::move(graph)), int8_(graph_.cache_dtype == "int8"), longest_step_(options.longest_step), session_(nullptr) {
     const fs::path operators = operators_of(options.operators);
     const bool there = fs::is_regular_file(operators);
     if (options.native == 1 && !there)
@@ -77,6 +77,7 @@ class OnnxRuntimeBackend : public Backend {
   const char* name() const override { return "onnxruntime"; }
   const Graph& graph() const override { return graph_; }
   bool native() const override { return native_; }
+  int64_t longest_step() const override { return longest_step_; }
 
   std::unique_ptr<StepOutput> run(const StepInput& step, StopSignal& stop) override {
     const int64_t b = step.batch, width = graph_.cache_width;
@@ -151,6 +152,7 @@ class OnnxRuntimeBackend : public Backend {
 
   Graph graph_;
   bool int8_, native_ = false;
+  int64_t longest_step_;
   Ort::Session session_;
   Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   std::vector<const char*> inputs_, outputs_;

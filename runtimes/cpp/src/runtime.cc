@@ -32,6 +32,8 @@ namespace {
 
 using mythos::refuse;
 
+constexpr int64_t kChunk = 512;  // tokens a step: long enough to use the cores
+
 std::string& message() {
   thread_local std::string text;
   return text;
@@ -135,7 +137,7 @@ const char* mythos_last_error(void) { return message().c_str(); }
 
 void mythos_options_init(mythos_options* options) {
   if (!options) return;
-  *options = mythos_options{sizeof(mythos_options), 0, -1, nullptr, 0};
+  *options = mythos_options{sizeof(mythos_options), 0, -1, nullptr, 0, 0};
 }
 
 mythos_status mythos_runner_open(const char* bundle, const mythos_options* options, mythos_runner** runner) {
@@ -145,10 +147,13 @@ mythos_status mythos_runner_open(const char* bundle, const mythos_options* optio
     *runner = nullptr;
     const mythos_options chosen = filled(options, mythos_options_init, "options");
     if (chosen.threads < 0) refuse("threads is " + std::to_string(chosen.threads) + "; expected 0 (all cores) or more");
+    if (chosen.prefill_chunk < 0)
+      refuse("prefill_chunk is " + std::to_string(chosen.prefill_chunk) + "; expected 0 (" + std::to_string(kChunk) + " tokens) or more");
     const auto manifest = mythos::open_bundle(bundle);
     auto text = mythos::open_text(bundle, manifest.tokenizer);
     auto backend = mythos::open_onnxruntime(
-        bundle, manifest, {chosen.threads, chosen.native, chosen.operators_library ? chosen.operators_library : ""});
+        bundle, manifest, {chosen.threads, chosen.native, chosen.operators_library ? chosen.operators_library : "",
+                 chosen.prefill_chunk ? chosen.prefill_chunk : kChunk});
     uint64_t weights = 0;
     for (const auto& name : backend->graph().weights) weights += manifest.files.at(name).size;
     if (chosen.memory_limit && weights > chosen.memory_limit)

@@ -34,8 +34,8 @@ class Ranking {
 
  private:
   void sort_next_band() {
-    constexpr int kBands = 12;
-    constexpr double kDepth = 1.5;
+    constexpr int kBands = 6;
+    constexpr double kDepth = 3.5;
     const double above = band_ ? -kDepth * band_ : HUGE_VAL;
     ++band_;
     const double least = band_ < kBands ? -kDepth * band_ : -HUGE_VAL;
@@ -107,11 +107,8 @@ int64_t Sampling::choose(const float* logits, int64_t n, const std::vector<int64
   const auto largest = std::max_element(values.begin(), values.end());
   if (temperature == 0) return largest - values.begin();
   const double top = *largest;
-  bool numbers = true;
-  for (double& value : values) {
-    value = (value - top) / temperature;
-    numbers = numbers && value <= 0;
-  }
+  for (double& value : values) value = (value - top) / temperature;
+  const bool numbers = std::all_of(values.begin(), values.end(), [](double value) { return value <= 0; });
   if (!numbers) failed("the model's logits are no numbers, so none can be drawn; export the bundle again, and see what `mythos-export verify` says of it");
   return drawn(values, *this, random.uniform());
 }

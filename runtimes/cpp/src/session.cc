@@ -11,7 +11,6 @@ namespace mythos {
 
 namespace {
 
-constexpr int64_t kChunk = 512;  // tokens a step: bounds the memory of scores, long enough to use the cores
 constexpr int64_t kBlock = 256;  // rows by which caches grow
 
 std::string number(int64_t value) { return std::to_string(value); }
@@ -121,16 +120,17 @@ std::unique_ptr<StepOutput> Session::run(const Step& step) {
 void Session::advance(const Rows& ids, float* logits, int64_t* exit_loop) {
   check_ids(ids);
   const int64_t vocab = backend_.graph().vocab_size;
+  const auto chunk = static_cast<size_t>(backend_.longest_step());
   size_t longest = 0;
   for (const auto& row : ids) longest = std::max(longest, row.size());
   const std::vector<int64_t> before = length_;
   try {
-    for (size_t start = 0; start < longest; start += kChunk) {
-      const Step step(ids, start, kChunk, false);
+    for (size_t start = 0; start < longest; start += chunk) {
+      const Step step(ids, start, chunk, false);
       const auto out = run(step);
       append(*out, step);
       for (size_t b = 0; b < ids.size(); ++b) {
-        if (ids[b].size() <= start || ids[b].size() > start + kChunk) continue;  // it ends in another chunk
+        if (ids[b].size() <= start || ids[b].size() > start + chunk) continue;  // it ends in another chunk
         if (logits) std::copy_n(out->logits() + static_cast<int64_t>(b) * vocab, vocab, logits + static_cast<int64_t>(b) * vocab);
         if (exit_loop) exit_loop[b] = out->exit_loop()[static_cast<int64_t>(b) * step.seq + step.positions[b]];
       }
@@ -145,8 +145,9 @@ void Session::advance_scored(const std::vector<int64_t>& ids, const std::functio
   const Rows rows{ids};
   check_ids(rows);
   const int64_t vocab = backend_.graph().vocab_size;
-  for (size_t start = 0; start < ids.size(); start += kChunk) {
-    const Step step(rows, start, kChunk, true);
+  const auto chunk = static_cast<size_t>(backend_.longest_step());
+  for (size_t start = 0; start < ids.size(); start += chunk) {
+    const Step step(rows, start, chunk, true);
     const auto out = run(step);
     append(*out, step);
     for (int64_t i = 0; i < step.seq; ++i) position(out->logits() + i * vocab, start + static_cast<size_t>(i));

@@ -59,6 +59,8 @@ typedef struct mythos_options {
   int32_t native;                 /* native operators: 1 must run, 0 must not, -1 where operators_library loads (the default) */
   const char* operators_library;  /* path of libmythos_ops.so; NULL: beside this library, or what MYTHOS_OPERATORS names */
   uint64_t memory_limit;          /* most bytes for weights and all caches together; 0: no limit */
+  int64_t prefill_chunk;          /* tokens of each sequence that a step takes at most; 0: 512. Fewer take less memory beside weights and
+                                   * caches, and prefill longer */
 } mythos_options;
 
 MYTHOS_API void mythos_options_init(mythos_options* options);

@@ -63,6 +63,7 @@ struct Options {
   int32_t native = -1;
   std::string operators_library;
   uint64_t memory_limit = 0;
+  int64_t prefill_chunk = 0;
 };
 
 // How to generate; see mythos_request.
@@ -171,6 +172,7 @@ class Runner {
     plain.native = options.native;
     plain.operators_library = options.operators_library.empty() ? nullptr : options.operators_library.c_str();
     plain.memory_limit = options.memory_limit;
+    plain.prefill_chunk = options.prefill_chunk;
     mythos_runner* runner = nullptr;
     detail::check(mythos_runner_open(bundle.c_str(), &plain, &runner));
     runner_.reset(runner);
