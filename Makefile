@@ -53,6 +53,7 @@ cpp-tsan: toolchains $(CPP_BUNDLE)
 		$(CPP)/tsan/tests/runtime_tests --gtest_filter='Header*:Threads*'
 
 cpp-fuzz: toolchains $(CPP_BUNDLE)
+	@command -v clang++ >/dev/null || { echo "libFuzzer comes with clang, which is missing; install it (Debian: clang)"; exit 1; }
 	$(call cpp_build,fuzz)
 	@mkdir -p $(CPP)/corpus/files $(CPP)/corpus/calls
 	for what in files calls; do $(CPP_TESTS) MYTHOS_TEST_SEEDS=$(CURDIR)/$(CPP)/corpus/files ASAN_OPTIONS=allocator_may_return_null=1 \
