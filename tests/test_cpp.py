@@ -202,6 +202,22 @@ def test_programs_give_pythons_tokens(programs: Path, tiny_bundle: Path, tmp_pat
     assert (failed.returncode, "not a bundle" in failed.stderr) == (2, True)
 
 
+def test_a_program_without_onnxruntime_says_so(programs: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    for library, said in (
+        (tmp_path / "none.so", "found no library of onnxruntime"),
+        (native_operators.LIBRARY, "not a library of onnxruntime"),
+    ):
+        if library == native_operators.LIBRARY and not native_operators.is_available():
+            continue
+        environment = os.environ | {"MYTHOS_ONNXRUNTIME": str(library)}
+        done = subprocess.run(
+            [programs / "generate", tiny_bundle, "1"], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "in MYTHOS_ONNXRUNTIME" in done.stderr
+
+
 def test_a_chat(sdk: Path, library: Library, programs: Path, tiny_bundle: Path) -> None:
     if not library.open(tiny_bundle, threads=1).info.has_text:
         pytest.skip("text is not built in; `make cpp` says why")
