@@ -1,5 +1,6 @@
 // Prefill and decode speed of a bundle, in the rows and columns of `mythos-export bench` that need no description of the model:
 // bench BUNDLE [-p PREFILL_TOKENS] [-n DECODE_TOKENS] [-d TOKENS_IN_THE_CACHE] [-r REPETITIONS] [-b BATCH] [--threads N] [--loops N]
+// [--chunk N] [--chunk N]
 #include <sys/resource.h>
 
 #include <chrono>
@@ -17,7 +18,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Rows = std::vector<mythos::Ids>;
 
-std::map<std::string, int64_t> options = {{"-p", 512}, {"-n", 128}, {"-d", 0}, {"-r", 5}, {"-b", 1}, {"--threads", 0}, {"--loops", 0}};
+std::map<std::string, int64_t> options = {{"-p", 512}, {"-n", 128}, {"-d", 0}, {"-r", 5}, {"-b", 1}, {"--threads", 0}, {"--loops", 0}, {"--chunk", 0}};
 
 double seconds_since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
 
@@ -78,11 +79,12 @@ int main(int argc, char** argv) try {
   }
   for (const auto& [name, value] : options) known = known && value >= (name == "-r" || name == "-b" ? 1 : 0);
   if (!known) {
-    std::fprintf(stderr, "usage: %s BUNDLE [-p N] [-n N] [-d N] [-r N] [-b N] [--threads N] [--loops N]; -r and -b at least 1\n", argv[0]);
+    std::fprintf(stderr, "usage: %s BUNDLE [-p N] [-n N] [-d N] [-r N] [-b N] [--threads N] [--loops N] [--chunk N]; -r and -b at least 1\n", argv[0]);
     return 2;
   }
   mythos::Options how;
   how.threads = static_cast<int32_t>(options["--threads"]);
+  how.prefill_chunk = options["--chunk"];
   mythos::Runner runner(argv[1], how);
   const auto info = runner.info();
   std::printf("%s, %s operators, batch %lld\n", info.backend, info.native ? "native" : "portable", static_cast<long long>(options["-b"]));

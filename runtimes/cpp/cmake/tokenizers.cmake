@@ -26,6 +26,10 @@ function(fetch_tokenizers reason)
   endif()
   file(ARCHIVE_EXTRACT INPUT ${folder}/${name}.tar.gz DESTINATION ${folder}
        PATTERNS */CMakeLists.txt */LICENSE */include/pytorch/* */src/*.cpp */llama.cpp-unicode/* */re2/* */abseil-cpp/*)
+  file(GLOB_RECURSE scripts ${folder}/${name}/*.py) # not ours to check
+  if(scripts)
+    file(REMOVE ${scripts})
+  endif()
   set(TOKENIZERS_ROOT ${folder}/${name} CACHE PATH "Unpacked sources of pytorch-tokenizers" FORCE)
 endfunction()
 
