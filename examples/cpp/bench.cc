@@ -1,6 +1,6 @@
 // Prefill and decode speed of a bundle, in the rows and columns of `mythos-export bench` that need no description of the model:
 // bench BUNDLE [-p PREFILL_TOKENS] [-n DECODE_TOKENS] [-d TOKENS_IN_THE_CACHE] [-r REPETITIONS] [-b BATCH] [--threads N] [--loops N]
-// [--chunk N] [--chunk N]
+// [--chunk N]
 #include <sys/resource.h>
 
 #include <chrono>
