@@ -12,8 +12,8 @@ import numpy as np
 from runtimes import cuda
 from runtimes.bundle import Graph
 from runtimes.dtypes import STORAGE
-from runtimes.engines import Engine, Range
-from runtimes.step_tensors import side_by_side, state_tensors
+from runtimes.engines import FORMS, Engine, Range
+from runtimes.step_tensors import passed_tensors, side_by_side, state_tensors
 
 BUCKET = 256  # rows by which a cache grows: attention reads all of them, a graph is captured anew at each
 
@@ -96,7 +96,12 @@ def plan_memory(engine: Engine, graph: Graph, batch: int, context: int, longest_
     rows = min(longest_step, context)
     integers = STORAGE[engine.integers]
     inputs_and_outputs = 4 * batch * graph.vocab_size + 64 * batch * rows
-    _, state = side_by_side(state_tensors(batch, rows, engine.dim, integers))
+    state = max(
+        side_by_side(
+            [*state_tensors(batch, rows, engine.dim, integers), *passed_tensors(plans, batch, rows, integers)]
+        )[1]
+        for plans in ([plan for plan in engine.plans if plan.form == form] for form in FORMS)
+    )
     return DeviceMemory(
         batch,
         context,

@@ -13,7 +13,8 @@ named as in StepInput and StepOutput, and there is an input for every Weight a s
 number, from 0), n_loops [B] -> the next state, each named with NEXT before it. coda: result, past_len, logit_positions [B, k] ->
 logits, next_token [B, k] (the largest logit's id, the lowest among equals), next_logprob [B, k] float32 (its natural logarithm).
 Each attention layer of a stage, counted from 0, reads a cache past_kv.N [B, C, W] and returns new_kv.N [B, S, W]. All C rows are
-read under a mask: rows at or past past_len change nothing, but must be finite numbers.
+read under a mask: rows at or past past_len change nothing, but must be finite numbers. Where a stage is several plans, its parts,
+each has those of these inputs and outputs that it needs, and hands tensors PASSED on to parts after it.
 
 Shape letters: B batch, S new tokens, D dim, C capacity of the cache, W its width, k logit positions.
 """
@@ -32,12 +33,14 @@ from runtimes.bundle import Manifest
 from runtimes.errors import BundleError
 from runtimes.folder_writer import FolderWriter
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # What a loop is given and hands on: the state, the result so far, halting probability so far, loops run while not halted.
 STATE = ("h", "result", "halted_mass", "exit_loop")
 STAGES = ("prelude", "loop", "coda")  # in the order they run
+FORMS = ("few_tokens", "many_tokens")  # see Plan
 NEXT = "next_"  # before each of STATE, as a loop returns it
 PAST_KV, NEW_KV = "past_kv.", "new_kv."  # before the number, within a stage, of an attention layer
+PASSED = "passed."  # before the number, within a stage, of a tensor that parts hand on
 FOLDER = "engines"  # of a bundle
 METADATA = "engine.json"
 _METADATA_LIMIT = 64 * 2**20  # bytes; engine.json is some 100 KB
@@ -70,6 +73,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capacity: Range
     k: Range
 
+    @property
+    def tokens(self) -> Range:
+        """Of batch × seq."""
+        return Range(*(getattr(self.batch, end) * getattr(self.seq, end) for end in ("min", "opt", "max")))
+
 
 class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A float weight: input `name` of the plans (the ONNX graph's initializer of that name), its bytes at offset of the bundle's
@@ -94,17 +102,29 @@ class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.elements * _SIZES[self.dtype]
 
 
+class Passed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor that a plan hands on to later ones of its stage. integer: of the engine's integers, else float32. shape: numbers,
+    and the dimensions batch, seq and tokens (batch × seq)."""
+
+    name: str
+    integer: bool
+    shape: tuple[Positive | Literal["batch", "seq", "tokens"], ...]
+
+
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One serialized engine file.
 
-    stage: what of a step it computes. form: "few_tokens" gathers the chosen experts of each token, "many_tokens" computes all
-    experts; a model without experts has the latter only. max_tokens: most new tokens (batch × seq) of a step it is meant for; None
-    where only its profiles limit it. profiles: in the engine's order. All three are the same in the stages of a form. layers: file
-    of the layer report. activation_bytes: device memory of one execution context.
+    stage, part: what of a step it computes, and which piece of that, from 0 in the order they run. passes: what it hands on. form:
+    "few_tokens" gathers the chosen experts of each token, "many_tokens" computes all experts; a model without experts has only
+    the latter. max_tokens: most new tokens (batch × seq) of a step it is meant for; None where only its profiles limit it.
+    profiles: in the engine's order. Those three are the same in all plans of a form. layers: file of the layer report.
+    activation_bytes: device memory of one execution context.
     """
 
     file: str
     stage: Literal["prelude", "loop", "coda"]
+    part: NotNegative
+    passes: tuple[Passed, ...]
     form: Literal["few_tokens", "many_tokens"]
     max_tokens: Positive | None
     profiles: tuple[Profile, ...]
@@ -119,8 +139,9 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     backend, version: the library ("tensorrt" or "tensorrt-rtx") and its version (major.minor.patch). device: the GPU's name, ""
     where it was built without one. compute_capabilities: like "9.0". graph_file, graph_sha256, weights_sha256: what of the bundle
-    it was made from. dtype: of the matrix products; cache_dtype: of past_kv and new_kv. integers: dtype of all integer inputs and
-    outputs. max_context: most tokens of a sequence. dim: D. build_seconds: wall clock.
+    it was made from. dtype: of the experts' products, and of all others unless their weights say otherwise; cache_dtype: of past_kv
+    and new_kv. integers: dtype of all integer inputs and outputs. max_context: most tokens of a sequence. dim: D. build_seconds:
+    wall clock.
     """
 
     format: Literal["mythos-engine"]
@@ -141,6 +162,12 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: tuple[Weight, ...]
     plans: tuple[Plan, ...]
     build_seconds: float
+
+    def parts(self, form: str, stage: str) -> list[Plan]:
+        """The plans of a stage, in the order they run."""
+        return sorted(
+            (plan for plan in self.plans if (plan.form, plan.stage) == (form, stage)), key=lambda plan: plan.part
+        )
 
 
 def engine_key(backend: str, version: str, compute_capabilities: tuple[str, ...], device: str, dtype: str) -> str:
@@ -243,10 +270,15 @@ def _check_consistent(path: Path, engine: Engine) -> None:
         for part in (profile.batch, profile.seq, profile.capacity, profile.k)
     ]
     forms = {(plan.form, plan.max_tokens, plan.profiles) for plan in engine.plans}
-    made = sorted((form, stage) for form, _, _ in forms for stage in STAGES)
+    parts = [(form, stage, engine.parts(form, stage)) for form, _, _ in forms for stage in STAGES]
     facts = (
         ("many_tokens" in {form for form, _, _ in forms}, "it has no plans for many tokens"),
-        (sorted((plan.form, plan.stage) for plan in engine.plans) == made, "its plans' stages"),
+        (len(forms) == len({form for form, _, _ in forms}), "plans of one form with different limits"),
+        (
+            all(plans and [plan.part for plan in plans] == [*range(len(plans))] for *_, plans in parts),
+            "its plans' stages",
+        ),
+        (all(_passes_plainly(plans) for *_, plans in parts), "what its plans hand on"),
         (all(plan.profiles for plan in engine.plans), "a plan without profiles"),
         (all(part.min <= part.opt <= part.max for part in ranges), "a range that is none"),
         (len({weight.name for weight in engine.weights}) == len(engine.weights), "a weight named twice"),
@@ -256,6 +288,12 @@ def _check_consistent(path: Path, engine: Engine) -> None:
     for ok, what in facts:
         if not ok:
             raise BundleError(f"{path}: contradicts itself: {what}; {_REBUILD}")
+
+
+def _passes_plainly(plans: list[Plan]) -> bool:
+    """Whether every tensor that plans hand on has a name of its own."""
+    names = [passed.name for plan in plans for passed in plan.passes]
+    return len({*names}) == len(names) and all(name.startswith(PASSED) for name in names)
 
 
 def _fits_shape(weight: Weight) -> bool:

@@ -5,12 +5,13 @@ Shape letters: B batch, S new tokens, D dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from runtimes import cuda
-from runtimes.engines import STATE
+from runtimes.engines import STATE, Plan
 
 
 class Tensor(NamedTuple):
@@ -30,13 +31,31 @@ def side_by_side(tensors: list[Tensor]) -> tuple[dict[str, int], int]:
     return offsets, size
 
 
+def state_shapes(batch: int, seq: int, dim: int) -> dict[str, tuple[int, ...]]:
+    """Of e and of each of STATE."""
+    return {name: (batch, seq, 1 if name in ("halted_mass", "exit_loop") else dim) for name in ("e", *STATE)}
+
+
 def state_tensors(batch: int, seq: int, dim: int, integers: Any) -> list[Tensor]:
     """What stages hand on: e, and two sets of STATE that loops read and write in turn. Of the first set, all but h begin at zero
     and lie side by side."""
-    widths = {"h": dim, "result": dim, "halted_mass": 1, "exit_loop": 1}
-    tensors = [Tensor("e", np.float32, (batch, seq, dim))]
+    shapes = state_shapes(batch, seq, dim)
+    tensors = [Tensor("e", np.float32, shapes["e"])]
     for turn in (0, 1):
         for name in STATE:
-            dtype = integers if name == "exit_loop" else np.float32
-            tensors.append(Tensor(f"{name}.{turn}", dtype, (batch, seq, widths[name])))
+            tensors.append(Tensor(f"{name}.{turn}", integers if name == "exit_loop" else np.float32, shapes[name]))
     return tensors
+
+
+def passed_tensors(plans: Iterable[Plan], batch: int, seq: int, integers: Any) -> list[Tensor]:
+    """What plans hand on within their stages, each named STAGE/NAME."""
+    sizes = {"batch": batch, "seq": seq, "tokens": batch * seq}
+    return [
+        Tensor(
+            f"{plan.stage}/{passed.name}",
+            integers if passed.integer else np.float32,
+            tuple(sizes[dim] if isinstance(dim, str) else dim for dim in passed.shape),
+        )
+        for plan in plans
+        for passed in plan.passes
+    ]

@@ -99,11 +99,11 @@ class TensorRT:
         config.set_tactic_sources(0)  # no kernels of cuBLAS or cuDNN, so that neither need be there
         config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
         layers = [network.get_layer(index) for index in range(network.num_layers)]
+        # What only moves numbers is left alone: constraints there contradict each other.
+        arithmetic = {getattr(module.LayerType, name) for name in _ARITHMETIC}
         for layer in layers:
-            outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
-            # What only moves numbers is left alone: constraints there contradict each other.
-            if layer.type in [getattr(module.LayerType, name) for name in _ARITHMETIC]:
-                self._hold_types(layer, outputs)
+            if layer.type in arithmetic:
+                self._hold_types(layer, [layer.get_output(index) for index in range(layer.num_outputs)])
         # Matrix products of float16 graphs are all float16 (the others are written as sums), yet 8.6 finds no kernels without TF32.
         if any(layer.get_output(0).dtype == module.DataType.HALF for layer in layers if layer.num_outputs):
             config.set_flag(flags.FP16)

@@ -1,21 +1,21 @@
 """The execution contexts of one form and profile of an engine, and how they are chained: prelude, loop after loop, coda.
 
-Shape letters: B batch, S new tokens, K positions with logits, C capacity and W width of the cache, D dim, V vocab_size.
+Shape letters: B batch, S new tokens, K positions with logits, C capacity and W width of the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from runtimes import cuda
 from runtimes.bundle import Graph
 from runtimes.device_weights import DeviceWeights
-from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE, Plan, Profile
+from runtimes.dtypes import STORAGE
+from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE, Engine, Plan, Profile
 from runtimes.errors import BackendError
-from runtimes.step_tensors import state_tensors
+from runtimes.step_tensors import Tensor, passed_tensors, state_shapes, state_tensors
 from runtimes.tensorrt_api import DeserializedPlan, TensorRT
 
 REDUCED = ("next_token", "next_logprob", "exit_loop")  # outputs of a greedy step, in front of the block copied back
@@ -50,7 +50,7 @@ class StepShape(NamedTuple):
 
 class Places(NamedTuple):
     """Where a step's tensors lie in device memory. cache: [slots, B, C, W]; slot_bytes: of a slot. new_rows: [S, W] of every row of
-    the batch, a slot each row_stride bytes. state: of state_tensors. loop_numbers: 0, 1, … each cuda.ALIGNMENT bytes further.
+    the batch, a slot each row_stride bytes. state: of StageChain.state. loop_numbers: 0, 1, … each cuda.ALIGNMENT bytes further.
     tensors: of the step's inputs and outputs."""
 
     cache: int
@@ -62,22 +62,12 @@ class Places(NamedTuple):
     tensors: Mapping[str, int]
 
 
-class _Stage:
+class _Part:
     """An execution context for one profile of a plan; it never changes profiles."""
 
     def __init__(self, tensorrt: TensorRT, plan: Plan, context: Any, names: frozenset[str]) -> None:
         self._tensorrt, self.plan, self.context, self.names = tensorrt, plan, context, names
-        self.n_caches = sum(name.startswith(NEW_KV) for name in names)
-
-    def check(self, weights: DeviceWeights) -> None:
-        """Raises BackendError where the plan's tensors are not those of its stage."""
-        stage, caches = self.plan.stage, range(self.n_caches)
-        kv = {f"{PAST_KV}{index}" for index in caches} | {f"{NEW_KV}{index}" for index in caches}
-        unknown = self.names - {*weights.addresses, *_GIVEN[stage], *_RESULTS[stage], *kv}
-        missing = _RESULTS[stage] - self.names
-        if unknown or missing:
-            what = f"wants {sorted(unknown)}" if unknown else f"lacks {sorted(missing)}"
-            raise BackendError(f"{self.plan.file} {what}, which engine.json does not explain; build the engine again")
+        self.caches = _numbers(names, NEW_KV)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if name in self.names:
@@ -86,12 +76,6 @@ class _Stage:
     def set_address(self, name: str, address: int) -> None:
         if name in self.names:
             self._accept(self.context.set_tensor_address(name, address), f"an address for {name}")
-
-    def set_caches(self, places: Places, slot: int) -> None:
-        """The caches and the new rows of its layers, which are the slots from that one on."""
-        for index in range(self.n_caches):
-            self.set_address(f"{PAST_KV}{index}", places.cache + (slot + index) * places.slot_bytes)
-            self.set_address(f"{NEW_KV}{index}", places.new_rows + (slot + index) * places.row_stride)
 
     def enqueue(self, stream: cuda.Stream) -> None:
         self._tensorrt.logger.last_error = ""
@@ -103,13 +87,62 @@ class _Stage:
             raise BackendError(f"{library.backend} {library.version} refuses {what}: {library.last_error}")
 
 
+def _numbers(names: frozenset[str], prefix: str) -> list[int]:
+    return sorted(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))
+
+
+class _Stage:
+    """The plans of a stage, which run one after another."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self.parts, self.name = parts, parts[0].plan.stage
+
+    def check(self, weights: DeviceWeights) -> None:
+        """Raises BackendError where the plans' tensors are not those of their stage."""
+        handed_on: set[str] = set()
+        for part in self.parts:
+            kv = {f"{prefix}{index}" for index in part.caches for prefix in (PAST_KV, NEW_KV)}
+            passes = {passed.name for passed in part.plan.passes}
+            known = {*weights.addresses, *_GIVEN[self.name], *_RESULTS[self.name], *kv, *handed_on, *passes}
+            _explain(part, part.names - known, passes - part.names)
+            handed_on |= passes
+        _explain(self.parts[-1], frozenset(), _RESULTS[self.name].difference(*(part.names for part in self.parts)))
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        for part in self.parts:
+            part.set_shape(name, shape)
+
+    def set_address(self, name: str, address: int) -> None:
+        for part in self.parts:
+            part.set_address(name, address)
+
+    def set_caches(self, places: Places, slot: int) -> None:
+        """The caches and the new rows of its layers, which are the slots from that one on."""
+        for part in self.parts:
+            for index in part.caches:
+                part.set_address(f"{PAST_KV}{index}", places.cache + (slot + index) * places.slot_bytes)
+                part.set_address(f"{NEW_KV}{index}", places.new_rows + (slot + index) * places.row_stride)
+
+    def enqueue(self, stream: cuda.Stream) -> None:
+        for part in self.parts:
+            part.enqueue(stream)
+
+
+def _explain(part: _Part, unknown: frozenset[str], missing: frozenset[str] | set[str]) -> None:
+    if unknown or missing:
+        what = f"wants {sorted(unknown)}" if unknown else f"lacks {sorted(missing)}"
+        raise BackendError(f"{part.plan.file} {what}, which engine.json does not explain; build the engine again")
+
+
 class StageChain:
-    """The stages of a form, each with a context for the profile of that index, and the weights bound. activations: device memory
-    that all contexts share. Raises BackendError for plans that are not what the metadata says."""
+    """The stages of a form, each plan with a context for the profile of that index, and the weights bound. graph: the bundle's.
+    activations: device memory that all contexts share. Raises BackendError for plans that are not what the metadata says."""
 
     def __init__(
         self,
         tensorrt: TensorRT,
+        engine: Engine,
+        graph: Graph,
         plans: list[tuple[Plan, DeserializedPlan]],
         index: int,
         weights: DeviceWeights,
@@ -118,22 +151,33 @@ class StageChain:
     ) -> None:
         self.plan: Plan = plans[0][0]
         self.profile: Profile = self.plan.profiles[index]
-        self._stages: dict[str, _Stage] = {}
+        self._graph, self._dim, self._integers = graph, engine.dim, STORAGE[engine.integers]
+        parts = []
         for plan, deserialized in plans:
             context = deserialized.new_context(activations.address, activations.size, index, stream.handle)
-            stage = _Stage(tensorrt, plan, context, deserialized.tensor_names)
+            parts.append(_Part(tensorrt, plan, context, deserialized.tensor_names))
+        parts.sort(key=lambda part: part.plan.part)
+        self._stages = {name: _Stage([part for part in parts if part.plan.stage == name]) for name in STAGES}
+        self._prelude, self._loop, self._coda = self._stages.values()
+        for stage in self._stages.values():
             stage.check(weights)
             for name, address in weights.addresses.items():
                 stage.set_address(name, address)
-            self._stages[plan.stage] = stage
-        self._prelude, self._loop, self._coda = (self._stages[name] for name in STAGES)
 
     def takes(self, shape: StepShape) -> bool:
         """Whether a step of this shape is within the plans' and the profile's limits."""
         few_enough = self.plan.max_tokens is None or shape.batch * shape.seq <= self.plan.max_tokens
         return few_enough and all(size in getattr(self.profile, name) for name, size in shape.of_profile.items())
 
-    def set_shapes(self, shape: StepShape, graph: Graph, dim: int) -> None:
+    def state(self, shape: StepShape) -> list[Tensor]:
+        """What passes between plans in a step."""
+        return [*state_tensors(shape.batch, shape.seq, self._dim, self._integers), *self._passed(shape)]
+
+    def _passed(self, shape: StepShape) -> list[Tensor]:
+        plans = chain.from_iterable((part.plan for part in stage.parts) for stage in self._stages.values())
+        return passed_tensors(plans, shape.batch, shape.seq, self._integers)
+
+    def set_shapes(self, shape: StepShape) -> None:
         """For steps to come."""
         batch, seq = shape.batch, shape.seq
         shapes: dict[str, tuple[int, ...]] = {
@@ -141,35 +185,41 @@ class StageChain:
             "past_len": (batch,),
             "logit_positions": (batch, shape.k),
             "n_loops": (batch,),
-            "e": (batch, seq, dim),
-            **{
-                tensor.name.removesuffix(".0"): tensor.shape for tensor in state_tensors(batch, seq, dim, np.int32)[1:5]
-            },
+            **state_shapes(batch, seq, self._dim),
         }
-        for name, stage in self._stages.items():
-            for tensor, sizes in shapes.items():
-                if tensor in _GIVEN[name]:
-                    stage.set_shape(tensor, sizes)
-            for index in range(stage.n_caches):
-                stage.set_shape(f"{PAST_KV}{index}", (batch, shape.capacity, graph.cache_width))
+        passed = {tensor.name: tensor.shape for tensor in self._passed(shape)}
+        for stage in self._stages.values():
+            for name, sizes in shapes.items():
+                if name in _GIVEN[stage.name]:
+                    stage.set_shape(name, sizes)
+            made: set[str] = set()
+            for part in stage.parts:
+                for name in made:
+                    part.set_shape(name, passed[f"{stage.name}/{name}"])
+                for index in part.caches:
+                    part.set_shape(f"{PAST_KV}{index}", (batch, shape.capacity, self._graph.cache_width))
+                made |= {passed.name for passed in part.plan.passes}
 
-    def set_addresses(self, shape: StepShape, graph: Graph, places: Places) -> None:
+    def set_addresses(self, shape: StepShape, places: Places) -> None:
         """Of what stays in place from loop to loop and from step to step."""
-        for name in _INPUTS:
-            for stage in self._stages.values():
-                if name in _GIVEN[stage.plan.stage]:
+        for stage in self._stages.values():
+            for name in _INPUTS:
+                if name in _GIVEN[stage.name]:
                     stage.set_address(name, places.tensors[name])
+            for part in stage.parts:
+                for passed in part.plan.passes:
+                    stage.set_address(passed.name, places.state[f"{stage.name}/{passed.name}"])
         for name in ("next_token", "next_logprob", "logits"):
             self._coda.set_address(name, places.tensors[name])
         self._prelude.set_address("e", places.state["e"])
         self._loop.set_address("e", places.state["e"])
         self._coda.set_address("result", places.state[f"result.{shape.loops % 2}"])
         self._prelude.set_caches(places, 0)
-        self._coda.set_caches(places, shape.slots - graph.coda_slots)
+        self._coda.set_caches(places, shape.slots - self._graph.coda_slots)
 
-    def enqueue(self, shape: StepShape, graph: Graph, places: Places, stream: cuda.Stream) -> None:
+    def enqueue(self, shape: StepShape, places: Places, stream: cuda.Stream) -> None:
         """Puts all stages on the stream."""
-        zeros = places.state["result.0"]
+        graph, zeros = self._graph, places.state["result.0"]
         stream.fill_zero(zeros, places.state["h.1"] - zeros)
         self._prelude.enqueue(stream)
         for number in range(shape.loops):

@@ -23,9 +23,9 @@ from runtimes.bundle import Graph
 from runtimes.device_memory import CacheLayout
 from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import STORAGE
-from runtimes.engines import Engine, Plan
+from runtimes.engines import FORMS, Engine, Plan
 from runtimes.errors import BackendError, InputError
-from runtimes.step_tensors import Tensor, side_by_side, state_tensors
+from runtimes.step_tensors import Tensor, side_by_side
 from runtimes.tensorrt_api import DeserializedPlan, TensorRT
 from runtimes.tensorrt_stages import REDUCED, Places, StageChain, StepShape
 
@@ -92,7 +92,7 @@ class Executor:
     ) -> None:
         self.lock = threading.RLock()
         self.stream, self.layout = stream, CacheLayout.of(engine, graph)
-        self._graph, self._dim, self._integers = graph, engine.dim, STORAGE[engine.integers]
+        self._graph, self._integers = graph, STORAGE[engine.integers]
         self._may_capture = True
         self._plans = plans  # contexts live by them
         self._event = cuda.Event()
@@ -103,8 +103,8 @@ class Executor:
         self._loop_numbers = self._numbers(graph.max_loops)
         self._activations = cuda.DeviceBuffer(max(plan.activation_bytes for _, plan in plans), "activations")
         self._chains = [
-            StageChain(tensorrt, of_form, index, weights, self._activations, stream)
-            for of_form in ([pair for pair in plans if pair[0].form == form] for form in ("few_tokens", "many_tokens"))
+            StageChain(tensorrt, engine, graph, of_form, index, weights, self._activations, stream)
+            for of_form in ([pair for pair in plans if pair[0].form == form] for form in FORMS)
             if of_form
             for index in range(len(of_form[0][0].profiles))
         ]
@@ -181,9 +181,8 @@ class Executor:
             return bound
         self._unbind(chain)
         inputs, outputs = self._tensors(shape)
-        state = state_tensors(shape.batch, shape.seq, self._dim, self._integers)
         (input_at, to_device), (output_at, to_host), (state_at, state_bytes) = map(
-            side_by_side, (inputs, outputs, state)
+            side_by_side, (inputs, outputs, chain.state(shape))
         )
         row_stride = cuda.aligned(self.layout.bytes(1, shape.batch, shape.seq))
         self._reserve(to_device, to_host, shape.slots * row_stride, state_bytes)
@@ -198,8 +197,8 @@ class Executor:
             self._loop_numbers.address,
             tensors,
         )
-        chain.set_shapes(shape, self._graph, self._dim)
-        chain.set_addresses(shape, self._graph, places)
+        chain.set_shapes(shape)
+        chain.set_addresses(shape, places)
         self._bindings[chain] = Binding(
             (shape, cache_address, self._staging_version),
             places,
@@ -248,7 +247,7 @@ class Executor:
 
         def work() -> None:
             self.stream.copy_to_device(self._inputs.device.address, self._inputs.host.address, binding.to_device)
-            chain.enqueue(shape, self._graph, binding.places, self.stream)
+            chain.enqueue(shape, binding.places, self.stream)
             size = binding.reduced if greedy else binding.to_host
             self.stream.copy_to_host(self._outputs.host.address, self._outputs.device.address, size)
 

@@ -83,9 +83,9 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str) -> FakeTensorRT:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
-    """A fake of TensorRT 8.6."""
-    yield install(monkeypatch, "8.6.1")
+def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorRT]:
+    """A fake of TensorRT 8.6, or of the version that is asked for."""
+    yield install(monkeypatch, getattr(request, "param", "8.6.1"))
     gc.collect()
     clear_caches()
 

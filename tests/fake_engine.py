@@ -1,4 +1,4 @@
-"""Engines for fake_tensorrt: the stages that a real engine is built from, in onnxruntime."""
+"""Engines for fake_tensorrt: the parts that a real engine is built from, in onnxruntime."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-import numpy as np
 from fake_tensorrt import make_plan
 
 from runtimes.bundle import open_bundle
-from runtimes.dtypes import STORAGE
 from runtimes.engines import (
     FORMAT_VERSION,
-    NEXT,
-    STAGES,
     Engine,
     EngineWriter,
+    Passed,
     Plan,
     Profile,
     Range,
@@ -31,9 +28,6 @@ if TYPE_CHECKING:
     import onnx
 
 BATCH, SEQ = 4, 32  # most sequences, most tokens of a prefill step
-INTEGERS = (
-    "input_ids", "past_len", "logit_positions", "n_loops", "loop", "exit_loop", f"{NEXT}exit_loop", "next_token"
-)  # fmt: skip
 Dims = tuple[str | int, ...]
 
 
@@ -56,21 +50,34 @@ def add_engine(
     graph = manifest.graphs[0]
     forms = [("many_tokens", None)] if few_tokens is None else [("few_tokens", few_tokens), ("many_tokens", None)]
     key = engine_key(backend, version, capabilities, device, dtype)
+    old_parser = backend == "tensorrt" and int(version.partition(".")[0]) < 10
     plans, weights = [], {}
     with EngineWriter(bundle, key) as writer:
         for form, most in forms:
             profiles = _profiles(form, max_context or graph.max_seq_len)
-            for name in STAGES:
-                stage = _stages(bundle, manifest.files[graph.file].sha256, dtype, form, integers)[name]
-                shapes = [_shapes(stage.inputs, profile) for profile in profiles]
-                data = make_plan(stage.model, shapes, 4096)
-                entry = _write(writer, f"{form}.{name}.plan", data if header is None else header + data[len(header) :])
-                _write(writer, f"{form}.{name}.layers.json", b"[]")
-                report = f"{form}.{name}.layers.json"
+            sha256 = manifest.files[graph.file].sha256
+            for part in _parts(bundle, sha256, dtype, form, integers, old_parser):
+                name = f"{form}.{part.stage}.{part.part}"
+                shapes = [_shapes(part.inputs, profile) for profile in profiles]
+                data = make_plan(part.model, shapes, 4096)
+                entry = _write(writer, f"{name}.plan", data if header is None else header + data[len(header) :])
+                _write(writer, f"{name}.layers.json", b"[]")
                 plans.append(
-                    Plan(f"{form}.{name}.plan", name, form, most, profiles, entry.size, entry.sha256, report, 4096)
+                    Plan(
+                        file=f"{name}.plan",
+                        stage=part.stage,
+                        part=part.part,
+                        passes=part.passes,
+                        form=form,
+                        max_tokens=most,
+                        profiles=profiles,
+                        size=entry.size,
+                        sha256=entry.sha256,
+                        layers=f"{name}.layers.json",
+                        activation_bytes=4096,
+                    )
                 )
-                weights.update({weight.name: weight for weight in stage.weights})
+                weights.update({weight.name: weight for weight in part.weights})
         writer.commit(
             Engine(
                 format="mythos-engine",
@@ -84,7 +91,7 @@ def add_engine(
                 graph_sha256=manifest.files[graph.file].sha256,
                 weights_sha256={name: manifest.files[name].sha256 for name in graph.weights},
                 dtype=dtype,
-                cache_dtype=dtype,
+                cache_dtype="float32" if old_parser else dtype,
                 integers=integers,
                 max_context=max_context or graph.max_seq_len,
                 dim=manifest.model["dim"],
@@ -102,40 +109,39 @@ def _write(writer: EngineWriter, name: str, data: bytes) -> FileEntry:
     return file.entry
 
 
-class _Stage(NamedTuple):
+class _Part(NamedTuple):
+    stage: str
+    part: int
+    passes: tuple[Passed, ...]
     model: bytes
     inputs: dict[str, Dims]  # but the weights
     weights: tuple[Weight, ...]
 
 
 @cache
-def _lowered(bundle: Path, sha256: str, dtype: str, form: str) -> dict[str, tuple[onnx.ModelProto, tuple[Weight, ...]]]:
+def _lowered(
+    bundle: Path, sha256: str, dtype: str, form: str, old_parser: bool
+) -> list[tuple[str, int, onnx.ModelProto, tuple[Passed, ...], tuple[Weight, ...]]]:
     import onnx_ir as ir  # which a machine that runs real engines need not have
 
+    from mythos_export.build.engine import passes_of, weights_of
     from mythos_export.build.lower import lower
 
     graph = open_bundle(bundle)[1].graphs[0]
     sizes = {"seq": 1, "k": 1} if form == "few_tokens" else {}
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
-    stages = {}
-    for name, stage in lower(bundle, graph, dtype, form=form, sizes=sizes).items():
-        weights = []
-        for weight, tensor in stage.weights.items():
-            stored, shape = names[tensor.dtype], tuple(tensor.shape)
-            size = int(np.prod(shape)) * np.dtype(STORAGE[stored]).itemsize
-            given = next(value.dtype for value in stage.model.graph.inputs if value.name == weight)
-            weights.append(Weight(weight, str(tensor.location), tensor.offset or 0, size, stored, names[given], shape))
-        stages[name] = ir.to_proto(stage.model), tuple(weights)
-    return stages
+    return [
+        (part.stage, part.part, ir.to_proto(part.model), passes_of(part), tuple(weights_of(part).values()))
+        for part in lower(bundle, graph, dtype, form=form, sizes=sizes, old_parser=old_parser)
+    ]
 
 
 @cache
-def _stages(bundle: Path, sha256: str, dtype: str, form: str, integers: str) -> dict[str, _Stage]:
-    """The stages of a form; sha256: of the bundle's graph."""
+def _parts(bundle: Path, sha256: str, dtype: str, form: str, integers: str, old_parser: bool) -> list[_Part]:
+    """The parts of a form; sha256: of the bundle's graph."""
     import onnx
 
-    stages = {}
-    for name, (lowered, weights) in _lowered(bundle, sha256, dtype, form).items():
+    parts = []
+    for stage, part, lowered, passes, weights in _lowered(bundle, sha256, dtype, form, old_parser):
         model = onnx.ModelProto()
         model.CopyFrom(lowered)
         if integers == "int32":
@@ -146,8 +152,8 @@ def _stages(bundle: Path, sha256: str, dtype: str, form: str, integers: str) -> 
             for value in model.graph.input
             if value.name not in names
         }
-        stages[name] = _Stage(model.SerializeToString(), inputs, weights)
-    return stages
+        parts.append(_Part(stage, part, passes, model.SerializeToString(), inputs, weights))
+    return parts
 
 
 def _narrow_integers(graph: onnx.GraphProto) -> None:
@@ -155,7 +161,7 @@ def _narrow_integers(graph: onnx.GraphProto) -> None:
     from onnx import TensorProto, helper
 
     for value in [*graph.input, *graph.output]:
-        if value.name not in INTEGERS:
+        if value.type.tensor_type.elem_type != TensorProto.INT64:
             continue
         inside = f"{value.name}_int64"
         of_input = value in list(graph.input)

@@ -30,10 +30,10 @@ def test_engines_are_written_whole_or_not_at_all(engine: Path, own_bundle: Path)
     ):
         EngineWriter(own_bundle, engine.name)
     with pytest.raises(KeyboardInterrupt), EngineWriter(own_bundle, engine.name, force=True) as writer:  # noqa: PT012
-        writer.create("many_tokens.loop.plan").write(b"half")
+        writer.create("many_tokens.loop.0.plan").write(b"half")
         raise KeyboardInterrupt
     with (
-        pytest.raises(BundleError, match=r"many_tokens\.loop\.plan.* was never written"),
+        pytest.raises(BundleError, match=r"many_tokens\.loop\.0\.plan.* was never written"),
         EngineWriter(own_bundle, "new") as writer,
     ):
         writer.commit(read_engine(engine))
@@ -47,15 +47,15 @@ def test_engines_are_written_whole_or_not_at_all(engine: Path, own_bundle: Path)
 
 
 def test_a_layer_report_is_part_of_an_engine(engine: Path, own_bundle: Path) -> None:
-    (engine / "many_tokens.loop.layers.json").unlink()
-    with pytest.raises(BundleError, match=r"many_tokens\.loop\.layers\.json: missing"):
+    (engine / "many_tokens.loop.0.layers.json").unlink()
+    with pytest.raises(BundleError, match=r"many_tokens\.loop\.0\.layers\.json: missing"):
         check(engine, read_engine(engine), open_bundle(own_bundle)[1])
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"format_version": 1}, "format version 1, this release reads 2"),
+        ({"format_version": 1}, "format version 1, this release reads 3"),
         ({"format": "mythos-bundle"}, '"format" is not "mythos-engine"'),
         ({"plans": ()}, "contradicts itself: it has no plans for many tokens"),
         ({"compute_capabilities": ("sm90",)}, "contradicts itself: its compute capabilities"),

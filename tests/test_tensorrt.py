@@ -123,16 +123,30 @@ def test_any_sequences_grow_as_on_onnxruntime(
         session.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("fake", "dtype", "cache_dtype", "n_plans"),
+    [
+        ("8.6.1", "float32", "float32", 6),
+        ("8.6.1", "float16", "float32", 10),  # there, experts alone are float16, in plans of their own
+        ("10.3.0", "float16", "float16", 6),
+    ],
+    indirect=["fake"],
+)
 def test_a_fixed_loop_count_in_either_dtype(
-    shakespeare: Path, tmp_path: Path, fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, dtype: str
+    shakespeare: Path,
+    tmp_path: Path,
+    fake: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    cache_dtype: str,
+    n_plans: int,
 ) -> None:
     from mythos_export.export import export_bundle
 
     monkeypatch.setattr(device_memory, "BUCKET", 16)
     bundle = tmp_path / "bundle"
     export_bundle(shakespeare, bundle, loops=2)
-    add_engine(bundle, dtype=dtype)
+    add_engine(bundle, dtype=dtype, version=fake.__version__, integers="int64" if fake.modern else "int32")
     on_cpu = load(bundle, "onnxruntime", native=False)
     with load(bundle, "tensorrt") as on_gpu:
         runs = [runner.generate(PROMPTS, 30, ignore_eos=True).complete().ids for runner in (on_gpu, on_cpu)]
@@ -151,7 +165,8 @@ def test_a_fixed_loop_count_in_either_dtype(
             given[2] = rows.astype(runner.graph.cache_dtype)
             steps.append(runner.run_step(StepInput(*given)))
     assert dtype == "float16" or runs[0] == runs[1]
-    assert steps[0].new_kv.dtype == dtype
+    assert steps[0].new_kv.dtype == cache_dtype
+    assert len(fake.engines) == n_plans
     for name in ("logits", "new_kv"):
         np.testing.assert_allclose(
             getattr(steps[0], name), getattr(steps[1], name), atol=1e-4 if dtype == "float32" else 0.05

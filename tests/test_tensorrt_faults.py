@@ -162,25 +162,25 @@ def other_weights(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -
 
 
 def a_flipped_byte(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    flip(folder / "many_tokens.loop.plan")
+    flip(folder / "many_tokens.loop.0.plan")
 
 
 def a_foreign_plan(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    flip(folder / "many_tokens.loop.plan", at=0)
+    flip(folder / "many_tokens.loop.0.plan", at=0)
     rehash(folder)
 
 
 def a_missing_plan(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    (folder / "many_tokens.loop.plan").unlink()
+    (folder / "many_tokens.loop.0.plan").unlink()
 
 
 def a_short_plan(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    path = folder / "many_tokens.loop.plan"
+    path = folder / "many_tokens.loop.0.plan"
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def a_linked_plan(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    path = folder / "many_tokens.loop.plan"
+    path = folder / "many_tokens.loop.0.plan"
     path.symlink_to(path.rename(folder.parent / "elsewhere"))
 
 
@@ -200,7 +200,7 @@ def damaged_metadata(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch
 
 def a_path_that_leaves(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
     plan = read_engine(folder).plans[0]
-    rewrite(folder, plans=(msgspec.structs.replace(plan, file="../many_tokens.loop.plan", form="many_tokens"),))
+    rewrite(folder, plans=(msgspec.structs.replace(plan, file="../many_tokens.loop.0.plan", form="many_tokens"),))
 
 
 def a_weight_outside(fake: FakeTensorRT, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -227,23 +227,23 @@ REASONS = [
     (other_weights, "stale: weights.bin does not hold the weights it was built from", BundleError),
     (
         a_flipped_byte,
-        "many_tokens.loop.plan: sha256 .* does not match engine.json's .*: the file was changed",
+        "many_tokens.loop.0.plan: sha256 .* does not match engine.json's .*: the file was changed",
         BundleError,
     ),
     (
         a_foreign_plan,
-        "many_tokens.loop.plan: begins with b'gtrt', plans of tensorrt with b'ftrt': this is none",
+        "many_tokens.loop.0.plan: begins with b'gtrt', plans of tensorrt with b'ftrt': this is none",
         BundleError,
     ),
-    (a_missing_plan, "many_tokens.loop.plan: cannot be read", BundleError),
-    (a_short_plan, r"many_tokens.loop.plan: \d+ bytes, engine.json says \d+; copy the engine again", BundleError),
-    (a_linked_plan, "many_tokens.loop.plan: is a link", BundleError),
+    (a_missing_plan, "many_tokens.loop.0.plan: cannot be read", BundleError),
+    (a_short_plan, r"many_tokens.loop.0.plan: \d+ bytes, engine.json says \d+; copy the engine again", BundleError),
+    (a_linked_plan, "many_tokens.loop.0.plan: is a link", BundleError),
     (a_linked_engine, "float32: is a link", BundleError),
     (linked_engines, "engines: is a link", BundleError),
     (damaged_metadata, "engine.json: damaged", BundleError),
     (
         a_path_that_leaves,
-        "names '../many_tokens.loop.plan', which is no plain file name; do not use this engine",
+        "names '../many_tokens.loop.0.plan', which is no plain file name; do not use this engine",
         BundleError,
     ),
     (
@@ -287,7 +287,7 @@ def test_a_plan_that_wants_more_than_the_metadata_has(engine: Path, own_bundle: 
     rewrite(engine, weights=weights[1:])
     with pytest.raises(
         BackendError,
-        match=r"few_tokens\.prelude\.plan wants \['embed'\], which engine.json does not explain",
+        match=r"few_tokens\.prelude\.0\.plan wants \['embed'\], which engine.json does not explain",
     ):
         load(own_bundle, "tensorrt")
     rewrite(engine, weights=(*weights, msgspec.structs.replace(weights[0], name="unread")))
@@ -331,6 +331,6 @@ def test_the_bundles_own_dtype_comes_first_then_the_fastest(engine: Path, own_bu
     shutil.rmtree(engine)
     with load(own_bundle) as runner:
         assert (runner.engine, runner.graph.dtype) == ("float16", "float16")
-    flip(engine.parent / "float16" / "many_tokens.loop.plan")
+    flip(engine.parent / "float16" / "many_tokens.loop.0.plan")
     with load(own_bundle) as runner:
         assert runner.engine == "bfloat16"

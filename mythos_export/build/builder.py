@@ -49,17 +49,17 @@ def build_plan(
     Raises BackendError, with TensorRT's words, where it refuses the graph, finds no way to compute it or crashes.
     """
     model = ir.to_proto(lowered.model).SerializeToString()
-    job = _Job(model, folder, tuple(_shapes(lowered, profile) for profile in profiles), options, timing_cache)
+    request = _Request(model, folder, tuple(_shapes(lowered, profile) for profile in profiles), options, timing_cache)
     for way in range(first_way, tensorrt.n_ways - 1):
         try:
-            return _build(tensorrt, job, way, progress)
+            return _build(tensorrt, request, way, progress)
         except BackendError as error:
             _log.info("%s; another way is tried", error)
-    return _build(tensorrt, job, tensorrt.n_ways - 1, progress)
+    return _build(tensorrt, request, tensorrt.n_ways - 1, progress)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Request:
     """model: serialized ONNX, whose external data lies in folder. shapes: of each profile, the least, likeliest and largest of each
     input but the weights."""
 
@@ -85,23 +85,23 @@ def _shapes(lowered: Lowered, profile: Profile) -> dict[str, list[list[int]]]:
     }
 
 
-def _build(tensorrt: TensorRT, job: _Job, way: int, progress: Progress | None) -> BuiltPlan:
+def _build(tensorrt: TensorRT, request: _Request, way: int, progress: Progress | None) -> BuiltPlan:
     """One way. Before TensorRT 10 in a process of its own: 8.6's compiler was seen to crash."""
     if tensorrt.capabilities.strongly_typed:
-        return _build_here(tensorrt, job, way, progress)
-    return isolated(_build_apart, tensorrt.backend, job, way)
+        return _build_here(tensorrt, request, way, progress)
+    return isolated(_build_apart, tensorrt.backend, request, way)
 
 
-def _build_apart(backend: str, job: _Job, way: int) -> BuiltPlan:
-    return _build_here(tensorrt_api.find(backend), job, way, None)
+def _build_apart(backend: str, request: _Request, way: int) -> BuiltPlan:
+    return _build_here(tensorrt_api.find(backend), request, way, None)
 
 
-def _build_here(tensorrt: TensorRT, job: _Job, way: int, progress: Progress | None) -> BuiltPlan:
-    builder, network = _network(tensorrt, job.model, job.folder)
+def _build_here(tensorrt: TensorRT, request: _Request, way: int, progress: Progress | None) -> BuiltPlan:
+    builder, network = _network(tensorrt, request.model, request.folder)
     config = builder.create_builder_config()
-    cache = _configure(tensorrt, config, network, job.options, job.timing_cache)
+    cache = _configure(tensorrt, config, network, request.options, request.timing_cache)
     inputs = {network.get_input(index).name for index in range(network.num_inputs)}
-    for shapes in job.shapes:
+    for shapes in request.shapes:
         profile = builder.create_optimization_profile()
         for name in inputs & set(shapes):
             profile.set_shape(name, *shapes[name])

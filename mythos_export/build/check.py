@@ -13,11 +13,13 @@ import numpy as np
 
 from mythos_export.divergence import divergence
 from runtimes.backend import Float32
+from runtimes.backends import open_backend
 from runtimes.bundle import Manifest
 from runtimes.dtypes import STORAGE
 from runtimes.engines import Engine
 from runtimes.errors import BackendError
-from runtimes.runner import Runner, load
+from runtimes.runner import Runner
+from runtimes.tensorrt_backend import DeviceRequest
 
 # Most mean KL(onnxruntime ‖ engine) in nats: what roundings of the dtype cost, with room; a wrong result costs whole nats.
 _LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -46,10 +48,12 @@ def check_engine(folder: Path, manifest: Manifest, key: str, engine: Engine) -> 
     lengths = sorted({max(1, min(length, most)) for length in _LENGTHS})
     random = np.random.default_rng(0)
     parts: list[tuple[np.ndarray, np.ndarray]] = []  # type: ignore[type-arg]
-    with (
-        load(folder, engine.backend, engine=key, max_batch=batch, max_context=most + _NEW) as ours,
-        load(folder, "onnxruntime") as oracle,
-    ):
+
+    def runner(backend: str, request: DeviceRequest) -> Runner:  # the bundle was checked when the build began
+        return Runner(manifest, open_backend(backend, folder, manifest, None, None, request), None)
+
+    on_gpu = DeviceRequest(key, batch, most + _NEW)
+    with runner(engine.backend, on_gpu) as ours, runner("onnxruntime", DeviceRequest()) as oracle:
         for sequences, length in [*((1, length) for length in lengths), (batch, lengths[0] + 1)]:
             ids = random.integers(0, manifest.graphs[0].vocab_size, (sequences, length + _NEW)).tolist()
             wanted, found = (_logits(runner, ids, length) for runner in (oracle, ours))

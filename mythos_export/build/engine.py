@@ -21,7 +21,7 @@ import onnx_ir as ir
 from mythos_export import __version__, overloads
 from mythos_export.build.builder import BuiltPlan, Progress, build_plan
 from mythos_export.build.check import check_engine
-from mythos_export.build.lower import DTYPES, Lowered, lower
+from mythos_export.build.lower import DTYPES, Lowered, is_cache, lower
 from mythos_export.build.options import MAX_CONTEXT, Limits, Options
 from mythos_export.config import MixtureOfExpertsConfig, ModelConfig
 from runtimes import cuda, tensorrt_api
@@ -29,7 +29,19 @@ from runtimes.bundle import Graph, Manifest, open_bundle
 from runtimes.cuda import OutOfDeviceMemory
 from runtimes.device_memory import BUCKET
 from runtimes.dtypes import STORAGE
-from runtimes.engines import FOLDER, FORMAT_VERSION, Engine, EngineWriter, Plan, Profile, Range, Weight, engine_key
+from runtimes.engines import (
+    FOLDER,
+    FORMAT_VERSION,
+    PASSED,
+    Engine,
+    EngineWriter,
+    Passed,
+    Plan,
+    Profile,
+    Range,
+    Weight,
+    engine_key,
+)
 from runtimes.errors import BackendError, InputError
 from runtimes.tensorrt_api import TensorRT
 
@@ -37,6 +49,7 @@ _log = logging.getLogger("mythos_export")
 # A gathered expert is read at 0.6 of the bandwidth at which all are read in turn (H100, TensorRT 8.6, experts of 2048 x 4096 in
 # float16), so gathering pays up to this share of all experts.
 _GATHERING_PAYS = 0.6
+_NAMES = {kind: name for name, kind in DTYPES.items()}
 _TYPES = {ir.DataType.INT4: "int4", ir.DataType.FLOAT8E4M3FN: "fp8"}  # that not every version has
 
 
@@ -105,29 +118,29 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Form:
-    """The lowered stages of a form, by name, and what its plans are for."""
+    """The lowered parts of a form, in the order they run, and what its plans are for."""
 
     name: str
     max_tokens: int | None
     profiles: tuple[Profile, ...]
-    stages: dict[str, Lowered]
+    parts: list[Lowered]
 
 
 def _lowered(job: _Job, form: str, max_tokens: int | None) -> _Form:
     profiles = _profiles(job.limits, job.context, max_tokens)
-    ranges = {name: [getattr(profile, name) for profile in profiles] for name in ("batch", "seq", "k")}
+    ranges = {name: [getattr(profile, name) for profile in profiles] for name in ("batch", "seq", "tokens", "k")}
     fixed = {
         name: parts[0].max for name, parts in ranges.items() if len({*parts}) == 1 and parts[0].min == parts[0].max
     }
     old_parser = not job.library.capabilities.strongly_typed
     graph = job.manifest.graphs[0]
-    stages = lower(job.folder, graph, job.dtype, form=form, sizes=fixed, old_parser=old_parser)
-    return _Form(form, max_tokens, profiles, stages)
+    parts = lower(job.folder, graph, job.dtype, form=form, sizes=fixed, old_parser=old_parser)
+    return _Form(form, max_tokens, profiles, parts)
 
 
 def _check_types(library: TensorRT, forms: Sequence[_Form]) -> None:
     """Raises InputError for matrices of a type that the library does not have."""
-    graphs = [stage.model.graph for form in forms for stage in form.stages.values()]
+    graphs = [part.model.graph for form in forms for part in form.parts]
     for name in {_TYPES.get(value.dtype) for graph in graphs for value in graph.initializers.values()} - {None}:
         if not getattr(library.capabilities, str(name)):
             raise InputError(
@@ -145,15 +158,15 @@ def _built(job: _Job, forms: Sequence[_Form], way: int, *, force: bool) -> Built
     with EngineWriter(job.folder, job.key, force=force) as writer:
         plans, weights = [], dict[str, Weight]()
         for form in forms:
-            for stage, lowered in form.stages.items():
-                weights.update(_weights(lowered))
-                _log.info("building %s of %s", stage, form.name)
+            for lowered in form.parts:
+                weights.update(weights_of(lowered))
+                _log.info("building %s, part %d, of %s", lowered.stage, lowered.part, form.name)
                 plan = build_plan(
                     job.library, lowered, job.folder, form.profiles, job.options, way, timing, job.progress
                 )
                 timing = plan.timing_cache or timing
-                plans.append(_write(writer, form, stage, plan))
-        engine = _metadata(job, tuple(plans), tuple(weights.values()), time.perf_counter() - began)
+                plans.append(_write(writer, form, lowered, plan))
+        engine = _metadata(job, forms, tuple(plans), tuple(weights.values()), time.perf_counter() - began)
         writer.commit(engine)
     if timing:
         partial = timing_file.with_suffix(f".{os.getpid()}")
@@ -177,8 +190,11 @@ def _check_results(job: _Job, path: Path, engine: Engine) -> None:
     _log.info("%s agrees with onnxruntime: mean KL %.2g nats, top-1 %.4f", job.key, *agreement[:2])
 
 
-def _metadata(job: _Job, plans: tuple[Plan, ...], weights: tuple[Weight, ...], seconds: float) -> Engine:
+def _metadata(
+    job: _Job, forms: Sequence[_Form], plans: tuple[Plan, ...], weights: tuple[Weight, ...], seconds: float
+) -> Engine:
     graph, files = job.manifest.graphs[0], job.manifest.files
+    cache = next(value for part in forms[0].parts for value in part.model.graph.inputs if is_cache(value))
     named = sorted({weight.file for weight in weights} | set(graph.weights))
     return Engine(
         format="mythos-engine",
@@ -192,7 +208,7 @@ def _metadata(job: _Job, plans: tuple[Plan, ...], weights: tuple[Weight, ...], s
         graph_sha256=files[graph.file].sha256,
         weights_sha256={name: files[name].sha256 for name in named},
         dtype=job.dtype,  # type: ignore[arg-type]
-        cache_dtype=job.dtype,  # type: ignore[arg-type]
+        cache_dtype=_NAMES[cache.dtype],  # type: ignore[arg-type]
         integers="int64" if job.library.capabilities.int64 else "int32",
         max_context=job.context,
         dim=ModelConfig.from_dict(job.manifest.model).dim,
@@ -259,30 +275,45 @@ def _profiles(limits: Limits, context: int, max_tokens: int | None) -> tuple[Pro
     return Profile("decode", batch, one, capacity, one), prefill
 
 
-def _weights(lowered: Lowered) -> dict[str, Weight]:
+def weights_of(lowered: Lowered) -> dict[str, Weight]:
+    """What engine.json says of a part's float matrices, by name."""
     inputs = {value.name: value for value in lowered.model.graph.inputs}
-    names = {kind: name for name, kind in DTYPES.items()}
     return {
         name: Weight(
             name=name,
             file=str(tensor.location),
             offset=tensor.offset or 0,
             size=tensor.length or tensor.nbytes,
-            stored=names[tensor.dtype],  # type: ignore[arg-type]
-            dtype=names[inputs[name].dtype],  # type: ignore[arg-type]
+            stored=_NAMES[tensor.dtype],  # type: ignore[arg-type]
+            dtype=_NAMES[inputs[name].dtype],  # type: ignore[arg-type]
             shape=tuple(int(dim) for dim in tensor.shape),
         )
         for name, tensor in lowered.weights.items()
     }
 
 
-def _write(writer: EngineWriter, form: _Form, stage: str, built: BuiltPlan) -> Plan:
-    name = f"{form.name}.{stage}"
+def passes_of(lowered: Lowered) -> tuple[Passed, ...]:
+    """What engine.json says of the tensors that a part hands on."""
+    return tuple(
+        Passed(
+            name=value.name or "",
+            integer=value.dtype == ir.DataType.INT64,
+            shape=tuple(str(dim.value) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape or ()),  # type: ignore[misc]
+        )
+        for value in lowered.model.graph.outputs
+        if (value.name or "").startswith(PASSED)
+    )
+
+
+def _write(writer: EngineWriter, form: _Form, lowered: Lowered, built: BuiltPlan) -> Plan:
+    name = f"{form.name}.{lowered.stage}.{lowered.part}"
     writer.create(f"{name}.plan").write(built.plan)
     writer.create(f"{name}.layers.json").write(json.dumps(built.layers, indent=1).encode())
     return Plan(
         file=f"{name}.plan",
-        stage=stage,  # type: ignore[arg-type]
+        stage=lowered.stage,  # type: ignore[arg-type]
+        part=lowered.part,
+        passes=passes_of(lowered),
         form=form.name,  # type: ignore[arg-type]
         max_tokens=form.max_tokens,
         profiles=form.profiles,

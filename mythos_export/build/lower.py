@@ -4,7 +4,7 @@ Matrices stay out of the engine. They become inputs of the graph, which a runner
 engines and contexts; TensorRT's products read them as fast as constants. Quantized matrices must be constants of the graph, next to
 their DequantizeLinear.
 
-Dimensions are those of the graph: batch, seq, k, slots, capacity.
+Dimensions are those of the graph: batch, seq, k, capacity; and tokens, batch * seq.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from mythos_export import overloads
 from mythos_export.build.bodies import choose_bodies, input_names, matrix_of, split_linears
 from mythos_export.build.dialect import to_old_parser
 from mythos_export.build.initializers import integers
-from mythos_export.build.quantized import lower_quantized
+from mythos_export.build.parts import Part, cut_at_experts, has_experts
+from mythos_export.build.quantized import lower_quantized, scale_outside
 from mythos_export.build.stages import split
+from mythos_export.build.sums import products_to_sums
 from runtimes.bundle import Graph
 from runtimes.engines import NEW_KV, PAST_KV
 from runtimes.errors import BackendError
@@ -44,8 +46,11 @@ _FOLD_LIMIT = 4096  # numbers; folding serves shapes, scales and constants
 
 @dataclass(frozen=True)
 class Lowered:
-    """A stage. model: its graph. weights: the tensors that became inputs, as the bundle stores them."""
+    """A part of a stage, whose number it has. model: its graph. weights: the tensors that became inputs, as the bundle stores
+    them."""
 
+    stage: str
+    part: int
     model: ir.Model
     weights: dict[str, ir.ExternalTensor]
 
@@ -58,21 +63,30 @@ def lower(
     form: str,
     sizes: Mapping[str, int] | None = None,
     old_parser: bool = False,
-) -> dict[str, Lowered]:
-    """Lowers a graph of the bundle in folder; returns its stages by name, in the order they run (see stages.split).
+) -> list[Lowered]:
+    """Lowers a graph of the bundle in folder; returns the parts of its stages in the order they run (see stages.split).
 
     dtype: of the matrices and the cache, "float32", "float16" or "bfloat16"; norms, router, halting and sums stay float32. form:
     FEW_TOKENS or MANY_TOKENS of mythos_export.overloads. sizes: of dimensions that are the same in every step, by name. old_parser:
-    for TensorRT before 10. Raises BackendError for a bundle whose graph holds no bodies for engine builders.
+    for TensorRT before 10; float16 is the dtype of experts alone then, where there are any (see cut_at_experts). Raises
+    BackendError for a bundle whose graph holds no bodies for engine builders.
     """
     model = ir.load(folder / graph.file)
+    kind = DTYPES[dtype]
+    cut = old_parser and kind == ir.DataType.FLOAT16 and has_experts(model)
     choose_bodies(model, form)
-    _drop_ports(model.graph)
-    stages = split(model)
-    return {name: _lower_stage(stage, DTYPES[dtype], sizes or {}, old_parser) for name, stage in stages.items()}
+    parts = {name: cut_at_experts(stage, kind) if cut else [Part(stage, kind)] for name, stage in split(model).items()}
+    return [
+        Lowered(stage, number, *_lower_part(part, sizes or {}, old_parser))
+        for stage, of_stage in parts.items()
+        for number, part in enumerate(of_stage)
+    ]
 
 
-def _lower_stage(model: ir.Model, dtype: ir.DataType, sizes: Mapping[str, int], old_parser: bool) -> Lowered:
+def _lower_part(
+    part: Part, sizes: Mapping[str, int], old_parser: bool
+) -> tuple[ir.Model, dict[str, ir.ExternalTensor]]:
+    model, dtype = part
     if old_parser:
         split_linears(model)
     _fix_sizes(model, sizes)
@@ -89,10 +103,14 @@ def _lower_stage(model: ir.Model, dtype: ir.DataType, sizes: Mapping[str, int], 
         model.graph.inputs.remove(value)
         weights.pop(value.name or "", None)
     _check_standard(model)
+    scale_outside(model)
+    if old_parser and dtype == ir.DataType.FLOAT16:
+        products_to_sums(model)
+        passes.RemoveUnusedNodesPass()(model)
     if old_parser:
         to_old_parser(model)
     _forget_untyped(model)
-    return Lowered(model, weights)
+    return model, weights
 
 
 def _nodes(model: ir.Model) -> list[ir.Node]:
@@ -105,14 +123,6 @@ def _fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
         if value.shape is not None:
             dims = [sizes.get(str(dim.value), dim) if isinstance(dim, ir.SymbolicDim) else dim for dim in value.shape]
             value.shape = ir.Shape(dims)
-
-
-def _drop_ports(graph: ir.Graph) -> None:
-    """Caches of engines hold floats: nothing stands beside their rows."""
-    for index in [i for i, value in enumerate(graph.inputs) if value.name == "past_scale"]:
-        del graph.inputs[index]
-    for index in [i for i, value in enumerate(graph.outputs) if value.name == "new_scale"]:
-        del graph.outputs[index]
 
 
 def _set_dtype(model: ir.Model, dtype: ir.DataType) -> None:
@@ -143,13 +153,14 @@ def _read_caches_whole(model: ir.Model) -> None:
     """A cache that has one slot is read as it is: no slot of it needs picking."""
     for node in _nodes(model):
         whole = node.inputs[0].producer() if node.op_type == "Gather" and node.inputs[0] is not None else None
-        if whole is None or whole.op_type != "Unsqueeze" or not _is_cache(whole.inputs[0]):
+        if whole is None or whole.op_type != "Unsqueeze" or not is_cache(whole.inputs[0]):
             continue
         ir.convenience.replace_all_uses_with(node.outputs[0], whole.inputs[0])
         node.graph.remove(node, safe=True)
 
 
-def _is_cache(value: ir.Value | None) -> bool:
+def is_cache(value: ir.Value | None) -> bool:
+    """Whether a value is the cache of an attention layer."""
     return value is not None and value.is_graph_input() and (value.name or "").startswith(PAST_KV)
 
 
@@ -292,8 +303,7 @@ def _check_standard(model: ir.Model) -> None:
     branches = [node.name or "" for node in _nodes(model) if node.op_type == "If"]
     if branches:
         raise BackendError(
-            f"{branches[0]}: which way to compute is not known when an engine is built; static scales that change from loop to "
-            "loop need a bundle exported with a fixed loop count (--loops N)"
+            f"{branches[0]}: which way to compute is not known when an engine is built; export the checkpoint again"
         )
 
 

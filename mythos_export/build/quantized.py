@@ -1,4 +1,4 @@
-"""Quantized matrices in the form that TensorRT takes: a constant next to a DequantizeLinear with constant scales.
+"""Quantized numbers in the form that TensorRT takes: matrices are constants, every scale is one.
 
 Shape letters: E any leading dimensions, O output and I input channels, b blocks of input channels.
 """
@@ -35,6 +35,28 @@ def lower_quantized(model: ir.Model, dtype: ir.DataType) -> None:
             done[key] = _dequantized(model, node, values, scales, dtype)
         ir.convenience.replace_all_uses_with(node.outputs[0], done[key], replace_graph_outputs=True)
         node.graph.remove(node, safe=True)
+
+
+def scale_outside(model: ir.Model) -> None:
+    """Rounds inputs of products whose scales the graph computes, one for each loop, in units of their scale: x / scale is rounded
+    with the scale 1, and multiplied by its own afterwards."""
+    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+        scale = node.inputs[1] if node.op_type == "QuantizeLinear" else None
+        if scale is None or scale.is_initializer() or scale.const_value is not None or scale.dtype is None:
+            continue
+        one = initializer(model.graph, f"decoder/1.{scale.dtype.name}", ir.tensor(np.ones((), scale.dtype.numpy())))
+        units = ir.node("Div", [node.inputs[0], scale], name=f"{node.name}/units")
+        units.outputs[0].type = scale.type
+        node.graph.insert_before(node, units)
+        node.replace_input_with(0, units.outputs[0])
+        node.replace_input_with(1, one)
+        for back in [use.node for use in node.outputs[0].uses()]:
+            back.replace_input_with(1, one)
+            whole = ir.node("Mul", [back.outputs[0], scale], name=f"{back.name}/whole")
+            whole.outputs[0].type, whole.outputs[0].shape = scale.type, back.outputs[0].shape
+            ir.convenience.replace_all_uses_with(back.outputs[0], whole.outputs[0])
+            whole.replace_input_with(0, back.outputs[0])
+            back.graph.insert_after(back, whole)
 
 
 def _is_matrix(value: ir.Value | None) -> bool:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from mythos_export.build.bodies import input_names
 from mythos_export.build.initializers import initializer, integers
-from runtimes.engines import NEXT, STATE
+from runtimes.engines import NEW_KV, NEXT, PAST_KV, STATE
 from runtimes.errors import BackendError
 
 _ENTRY, _UPDATE = "RecurrentInput", "RecurrentUpdate"  # the operators that a loop begins and ends with
@@ -94,7 +94,7 @@ class _Cut:
             if whole is None or whole.shape is None or whole.dtype is None:
                 raise BackendError(f"{node.name}: its cache has no shape; export the checkpoint again")
             cache = self._new_input(
-                f"{stage}/past_kv.{len(caches)}", whole.dtype, ["batch", "capacity", whole.shape[3]]
+                f"{stage}/{PAST_KV}{len(caches)}", whole.dtype, ["batch", "capacity", whole.shape[3]]
             )
             zero = integers(self._graph, "decoder/zero", [0])
             of_slot = ir.node("Unsqueeze", [cache, zero], name=f"{node.name}/cache")
@@ -104,41 +104,42 @@ class _Cut:
             node.replace_input_with(at, of_slot.outputs[0])
             node.replace_input_with(slot, integers(self._graph, "decoder/first", 0))
             new = node.outputs[1]
-            new.name, new.shape = f"{stage}/new_kv.{len(caches)}", ir.Shape(["batch", "seq", whole.shape[3]])
+            new.name, new.shape = f"{stage}/{NEW_KV}{len(caches)}", ir.Shape(["batch", "seq", whole.shape[3]])
             caches.append(cache)
             rows.append(new)
         return caches, rows
 
     def prelude(self) -> ir.Model:
-        return self._extract("prelude", [], {"e": self._e})
+        return self._extract("prelude", {}, {"e": self._e})
 
     def loop(self) -> ir.Model:
         outputs = {f"{NEXT}{name}": value for name, value in zip(STATE, self._next, strict=True)}
         for value, of in zip(self._next, self._state, strict=True):
             value.shape, value.type = of.shape, of.type
-        return self._extract("loop", [*self._state, self._e, self._loop, self._n_loops], outputs)
+        given = {"e": self._e, "loop": self._loop, "n_loops": self._n_loops}
+        return self._extract("loop", {**dict(zip(STATE, self._state, strict=True)), **given}, outputs)
 
     def coda(self) -> ir.Model:
         result = self._last_update.outputs[STATE.index("result")]
-        result.name, result.shape, result.type = "result_in", self._e.shape, ir.TensorType(ir.DataType.FLOAT)
+        result.shape, result.type = self._e.shape, ir.TensorType(ir.DataType.FLOAT)
         logits = next(value for value in self._graph.outputs if value.name == "logits")
-        return self._extract("coda", [result, self._by_name["logit_positions"]], {"logits": logits})
+        given = {"result": result, "logit_positions": self._by_name["logit_positions"]}
+        return self._extract("coda", given, {"logits": logits})
 
-    def _extract(self, stage: str, inputs: list[ir.Value], outputs: dict[str, ir.Value]) -> ir.Model:
+    def _extract(self, stage: str, inputs: dict[str, ir.Value], outputs: dict[str, ir.Value]) -> ir.Model:
+        """The nodes between inputs and outputs, which get these names."""
         caches, rows = self._caches[stage]
-        common = [self._by_name["past_len"], self._by_name["input_ids"]]
+        common = {name: self._by_name[name] for name in ("past_len", "input_ids")}
+        inputs = {**inputs, **common, **{f"{PAST_KV}{index}": cache for index, cache in enumerate(caches)}}
+        outputs = {**outputs, **{f"{NEW_KV}{index}": row for index, row in enumerate(rows)}}
         try:
-            graph = ir.convenience.extract(self._graph, [*inputs, *common, *caches], [*outputs.values(), *rows])
+            graph = ir.convenience.extract(self._graph, [*inputs.values()], [*outputs.values()])
         except ValueError as error:
             raise BackendError(
                 f"the graph's {stage} is not cut as expected: {error}; export the checkpoint again"
             ) from error
-        names = [*outputs, *(f"new_kv.{index}" for index in range(len(rows)))]
-        for value, name in zip(graph.outputs, names, strict=True):
+        for value, name in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
             value.name = name
-        for value in graph.inputs:
-            plain = (value.name or "").removeprefix(f"{stage}/")
-            value.name = "e" if value.name == self._e.name else "result" if plain == "result_in" else plain
         graph.name = stage
         return ir.Model(graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
 
