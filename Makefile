@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv native cpp toolchains demo test lint clean
+.PHONY: venv native cpp cpp-asan cpp-tsan cpp-fuzz cpp-aarch64 toolchains demo test lint clean
 
 venv: .venv/installed
 
@@ -30,12 +30,44 @@ native: venv
 		&& echo "native operators built: runtimes/native/lib/libmythos_ops.so"; fi
 
 # The Runner in C and C++: an SDK in runtimes/cpp/sdk, and its tests.
-cpp: native
-	$(BIN)/cmake -S runtimes/cpp -B $(CPP) -DPYTHON=$(CURDIR)/$(BIN)/python -DCMAKE_INSTALL_PREFIX=$(CURDIR)/runtimes/cpp/sdk >/dev/null
-	$(BIN)/cmake --build $(CPP) --target install --parallel 2 >/dev/null
-	$(BIN)/pytest tests/test_cpp.py
+cpp: toolchains native
+	$(BIN)/cmake -S runtimes/cpp --preset release -B $(CPP)/release -DPYTHON=$(CURDIR)/$(BIN)/python >/dev/null
+	$(BIN)/cmake --build $(CPP)/release --target install --parallel 2 >/dev/null
+	$(BIN)/pytest tests/test_cpp*.py
 
-# A C++ compiler, the cross compiler for aarch64 and qemu-user, for `test`; says why where they cannot be installed.
+# Minutes of the C++ tests under sanitizers, and of fuzzing, on the shipped checkpoint: what CI does for seconds.
+SECONDS := 600
+CPP_BUNDLE := $(CPP)/bundle
+CPP_TESTS = MYTHOS_TEST_CPP_BUNDLE=$(CURDIR)/$(CPP_BUNDLE) MYTHOS_OPERATORS=$(CURDIR)/runtimes/native/lib/libmythos_ops.so
+
+$(CPP_BUNDLE): | native
+	$(BIN)/mythos-export export examples/shakespeare -o $@ --max-loops 12
+
+cpp-asan: toolchains $(CPP_BUNDLE)
+	$(call cpp_build,asan)
+	$(CPP_TESTS) MYTHOS_TEST_OPENS=1000 $(CPP)/asan/tests/runtime_tests
+
+cpp-tsan: toolchains $(CPP_BUNDLE)
+	$(call cpp_build,tsan)
+	$(CPP_TESTS) MYTHOS_TEST_SECONDS=$(SECONDS) TSAN_OPTIONS='halt_on_error=1 suppressions=$(CURDIR)/tests/cpp/races.supp' \
+		$(CPP)/tsan/tests/runtime_tests --gtest_filter='Header*:Threads*'
+
+cpp-fuzz: toolchains $(CPP_BUNDLE)
+	@command -v clang++ >/dev/null || { echo "libFuzzer comes with clang, which is missing; install it (Debian: clang)"; exit 1; }
+	$(call cpp_build,fuzz)
+	@mkdir -p $(CPP)/corpus/files $(CPP)/corpus/calls
+	for what in files calls; do $(CPP_TESTS) MYTHOS_TEST_SEEDS=$(CURDIR)/$(CPP)/corpus/files ASAN_OPTIONS=allocator_may_return_null=1 \
+		$(CPP)/fuzz/fuzz/fuzz_$$what -max_total_time=$(SECONDS) -timeout=60 -max_len=20000 -dict=tests/cpp/fuzz/json.dict \
+		-artifact_prefix=$(CPP)/corpus/ $(CPP)/corpus/$$what || exit 1; done
+
+# Cross-compiled, and run under emulation.
+cpp-aarch64: toolchains native
+	MYTHOS_TEST_AARCH64=1 $(BIN)/pytest tests/test_cpp_aarch64.py
+
+cpp_build = $(BIN)/cmake -S runtimes/cpp --preset $(1) -B $(CPP)/$(1) -DPYTHON=$(CURDIR)/$(BIN)/python >/dev/null \
+	&& $(BIN)/cmake --build $(CPP)/$(1) --parallel 2 >/dev/null
+
+# Compilers and libraries for the tests of C++, the cross compiler for aarch64 and qemu-user, for `test`; says why where they cannot be installed.
 toolchains:
 	@tests/native/toolchains.sh
 
@@ -51,4 +83,4 @@ lint: venv
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv dist build runtimes/native/build runtimes/native/lib runtimes/cpp/build runtimes/cpp/sdk .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build runtimes/native/build runtimes/native/lib runtimes/cpp/build runtimes/cpp/sdk runtimes/cpp/sdk-aarch64 .pytest_cache .mypy_cache .ruff_cache .hypothesis

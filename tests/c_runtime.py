@@ -21,6 +21,7 @@ class Options(ctypes.Structure):
         ("native", c_int32),
         ("operators_library", c_char_p),
         ("memory_limit", c_uint64),
+        ("prefill_chunk", c_int64),
     )
 
 
@@ -34,11 +35,22 @@ class Info(ctypes.Structure):
         ("weight_bytes", c_uint64),
         ("native", c_int32),
         ("backend", c_char_p),
+        ("has_text", c_int32),
     )
 
 
 class Token(ctypes.Structure):
-    _fields_ = (("id", c_int64), ("logprob", c_double), ("index", c_int64))
+    _fields_ = (
+        ("id", c_int64),
+        ("logprob", c_double),
+        ("index", c_int64),
+        ("text", c_void_p),
+        ("text_size", c_size_t),
+    )
+
+    @property
+    def utf8(self) -> bytes:
+        return ctypes.string_at(self.text, self.text_size)
 
 
 class Request(ctypes.Structure):
@@ -55,6 +67,8 @@ class Request(ctypes.Structure):
         ("n_stop_ids", c_size_t),
         ("ignore_eos", c_int32),
         ("n_loops", POINTER(c_int64)),
+        ("stop_texts", POINTER(c_char_p)),
+        ("n_stop_texts", c_size_t),
     )
 
 
@@ -99,7 +113,12 @@ class Library:
         self.c.mythos_last_error.restype = self.c.mythos_version.restype = c_char_p
         self.c.mythos_abi_version.restype = c_uint32
         self.c.mythos_stats_json.restype = c_size_t
-        for name in ("mythos_runner_close", "mythos_session_close", "mythos_session_cancel"):
+        for name in (
+            "mythos_runner_close",
+            "mythos_session_close",
+            "mythos_session_cancel",
+            "mythos_text_stream_close",
+        ):
             getattr(self.c, name).argtypes = [c_void_p]
             getattr(self.c, name).restype = None
 
@@ -128,20 +147,23 @@ class CRunner:
         self.library.c.mythos_runner_close(self.handle)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], tell: Callable[[Token], int] = lambda token: 0, **request: Any
+        self, prompts: Sequence[Sequence[int]], tell: Callable[[Token], int | None] = lambda token: 0, **request: Any
     ) -> tuple[int, list[list[int]], list[str], Stats]:
         """Status, ids and finish of each, and statistics."""
         wanted = Request()
         self.library.c.mythos_request_init(byref(wanted))
         if "stop_ids" in request:
             wanted.n_stop_ids = len(request["stop_ids"])
+        if "stop_texts" in request:
+            texts = [text.encode() for text in request.pop("stop_texts")]
+            wanted.stop_texts, wanted.n_stop_texts = (c_char_p * len(texts))(*texts), len(texts)
         for name, value in request.items():
             setattr(wanted, name, ints(value) if name in ("stop_ids", "n_loops") else value)
         ids: list[list[int]] = [[] for _ in prompts]
 
         def heard(token: Any, user: Any) -> int:
             ids[token[0].index].append(token[0].id)
-            return tell(token[0])
+            return tell(token[0]) or 0
 
         pointers, lengths, _held = rows_of(prompts)
         finish, stats = (c_int32 * len(prompts))(), Stats(size=ctypes.sizeof(Stats))
@@ -164,6 +186,31 @@ class CRunner:
         logprobs = (c_double * max(len(ids) - 1, 1))()
         self.library.call("mythos_score", self.handle, ints(ids), c_size_t(len(ids)), c_int64(n_loops), logprobs)
         return np.array(logprobs)
+
+    def encode(self, text: bytes) -> list[int]:
+        n, room = c_size_t(), len(text) + 1
+        ids = (c_int64 * room)()
+        self.library.call("mythos_encode", self.handle, text, c_size_t(len(text)), ids, c_size_t(room), byref(n))
+        return ids[: n.value]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        size, given = c_size_t(), (self.handle, ints(ids), c_size_t(len(ids)))
+        self.library.call("mythos_decode", *given, None, c_size_t(0), byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        self.library.call("mythos_decode", *given, text, size, byref(size))
+        return text.raw.decode()
+
+    def stream(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text."""
+        stream, text, size = c_void_p(), c_void_p(), c_size_t()
+        self.library.call("mythos_text_stream_open", self.handle, byref(stream))
+        added = []
+        for i, token in enumerate(ids):
+            last = c_int32(i == len(ids) - 1)
+            self.library.call("mythos_text_stream_add", stream, c_int64(token), last, byref(text), byref(size))
+            added.append(ctypes.string_at(text, size.value).decode())
+        self.library.c.mythos_text_stream_close(stream)
+        return added
 
     def session(self, batch: int = 1, n_loops: Sequence[int] | None = None) -> CSession:
         handle = c_void_p()

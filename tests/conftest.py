@@ -10,7 +10,9 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import cpp_sdk
 import pytest
+from c_runtime import Library
 from fake_cuda import FakeCuda
 from fake_engine import add_engine
 from fake_tensorrt import FakeTensorRT
@@ -144,3 +146,26 @@ def pair(
 def runner_on_fake(engine: Path, own_bundle: Path) -> Iterator[Runner]:
     with load(own_bundle, "tensorrt") as runner:
         yield runner
+
+
+@pytest.fixture(scope="session")
+def int4_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped checkpoint with int4 weights and an int8 cache."""
+    from mythos_export.quantize import quantize_bundle
+
+    target = tmp_path_factory.mktemp("int4") / "bundle"
+    quantize_bundle(tiny_bundle, target, "int4,kv-int8")
+    return target
+
+
+@pytest.fixture(scope="session")
+def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Runner in C and C++: the installed library and headers."""
+    prefix = tmp_path_factory.mktemp("sdk")
+    cpp_sdk.install_sdk(prefix)
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def library(sdk: Path) -> Library:
+    return Library(next(sdk.glob("lib*/libmythos_runtime.so")))

@@ -1,24 +1,17 @@
-"""The Runner in C: the same tokens as Python's, the same words where something is wrong, and an SDK that programs build against."""
+"""The Runner in C: the same tokens as Python's, and an SDK that programs build against."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import shutil
 import subprocess
-import sys
-import sysconfig
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from c_runtime import BACKEND, BUNDLE, CANCELLED, INPUT, MEMORY, OK, CError, CRunner, CSession, Library, Stats
-from conftest import ROOT
+from c_runtime import CANCELLED, OK, CError, CRunner, CSession, Library
+from cpp_sdk import ROOT, run, tool
 
-from mythos_export.quantize import quantize_bundle
 from runtimes import native_operators
 from runtimes.runner import Runner, load
 
@@ -28,45 +21,6 @@ SAMPLED = (
     {"temperature": 1.1, "top_p": 0.9, "seed": 2**63 + 5},
     {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.2, "seed": 5},
 )
-
-
-def tool(name: str) -> str:
-    """A program of this environment, else of the machine."""
-    own = Path(sysconfig.get_path("scripts"), name)
-    found = str(own) if own.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"needs {name} to build the library")
-    return found
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The installed library and headers."""
-    cmake, prefix, build = tool("cmake"), tmp_path_factory.mktemp("sdk"), tmp_path_factory.mktemp("build")
-    if shutil.which(os.environ.get("CXX", "c++")) is None or not Path("/usr/include/openssl").is_dir():
-        pytest.skip("needs a C++ compiler and OpenSSL's headers (Debian: g++ and libssl-dev)")
-    run(cmake, "-S", ROOT / "runtimes" / "cpp", "-B", build, f"-DPYTHON={sys.executable}")
-    run(cmake, "--build", build, "--parallel", "2")
-    run(cmake, "--install", build, "--prefix", prefix)
-    return prefix
-
-
-@pytest.fixture(scope="session")
-def library(sdk: Path) -> Library:
-    return Library(next(sdk.glob("lib*/libmythos_runtime.so")))
-
-
-@pytest.fixture(scope="session")
-def int4_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("int4") / "bundle"
-    quantize_bundle(tiny_bundle, target, "int4,kv-int8")
-    return target
 
 
 @pytest.fixture(params=["tiny_bundle", "fixed_bundle", "int4_bundle"])
@@ -124,6 +78,16 @@ def test_scores_and_sessions_are_pythons(both: tuple[CRunner, Runner]) -> None:
                 session.keep([0, 2])
         rows = [[step + 1], [step + 2], [step + 3]][: len(sessions[1].past_len)]
     assert sessions[0].past_len == sessions[1].past_len.tolist()
+
+
+def test_prompts_in_small_chunks(library: Library, tiny_bundle: Path) -> None:
+    ids = np.random.default_rng(1).integers(0, 2048, 100).tolist()
+    whole, parts = (library.open(tiny_bundle, threads=1, native=0, prefill_chunk=chunk) for chunk in (0, 7))
+    np.testing.assert_allclose(parts.score(ids), whole.score(ids), atol=1e-4)
+    logits = [runner.session(2).advance([ids, ids[:9]])[0] for runner in (whole, parts)]
+    np.testing.assert_allclose(*logits, atol=1e-4)
+    with pytest.raises(CError, match="prefill_chunk is -1; expected 0"):
+        library.open(tiny_bundle, prefill_chunk=-1)
 
 
 def test_depths_of_each_sequence(library: Library, tiny_bundle: Path) -> None:
@@ -200,176 +164,6 @@ def test_threads_with_sessions_of_their_own(library: Library, tiny_bundle: Path)
     assert results == [want] * 12
 
 
-# What is wrong
-
-
-def damaged_manifest(bundle: Path) -> None:
-    (bundle / "manifest.json").write_text("{")
-
-
-def other_format(bundle: Path) -> None:
-    change(bundle, lambda manifest: manifest.update(format="something"))
-
-
-def other_version(bundle: Path) -> None:
-    change(bundle, lambda manifest: manifest.update(format_version=99))
-
-
-def unknown_member(bundle: Path) -> None:
-    change(bundle, lambda manifest: manifest.update(surprise=1))
-
-
-def a_path_that_leaves(bundle: Path) -> None:
-    change(bundle, lambda manifest: manifest["files"].update({"../x": {"size": 1, "sha256": "0"}}))
-
-
-def no_checksum(bundle: Path) -> None:
-    change(bundle, lambda manifest: manifest["files"].pop("weights.bin"))
-
-
-def a_missing_file(bundle: Path) -> None:
-    (bundle / "weights.bin").unlink()
-
-
-def a_short_file(bundle: Path) -> None:
-    path = bundle / "weights.bin"
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def a_changed_file(bundle: Path) -> None:
-    path = bundle / "weights.bin"
-    data = bytearray(path.read_bytes())
-    data[1000] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def a_linked_file(bundle: Path) -> None:
-    path = bundle / "weights.bin"
-    path.symlink_to(path.rename(bundle.parent / "elsewhere"))
-
-
-def no_manifest(bundle: Path) -> None:
-    (bundle / "manifest.json").unlink()
-
-
-def no_folder(bundle: Path) -> None:
-    shutil.rmtree(bundle)
-
-
-def change(bundle: Path, how: Callable[[dict[str, object]], object]) -> None:
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    how(manifest)
-    path.write_text(json.dumps(manifest))
-
-
-SPOILERS = (
-    other_format,
-    other_version,
-    a_path_that_leaves,
-    no_checksum,
-    a_missing_file,
-    a_short_file,
-    a_changed_file,
-    a_linked_file,
-    no_manifest,
-    no_folder,
-)
-
-
-@pytest.mark.parametrize("spoil", SPOILERS)
-def test_a_bundle_is_refused_in_pythons_words(
-    library: Library, own_bundle: Path, spoil: Callable[[Path], None]
-) -> None:
-    spoil(own_bundle)
-    with pytest.raises(CError) as in_c:
-        library.open(own_bundle)
-    with pytest.raises(Exception, match=r".") as in_python:
-        load(own_bundle)
-    assert in_c.value.status == BUNDLE
-    assert str(in_c.value) == str(in_python.value)
-
-
-@pytest.mark.parametrize("spoil", [damaged_manifest, unknown_member])
-def test_a_damaged_manifest_is_refused(library: Library, own_bundle: Path, spoil: Callable[[Path], None]) -> None:
-    spoil(own_bundle)
-    with pytest.raises(CError, match=r"manifest\.json: damaged manifest: .*; export the checkpoint again") as refused:
-        library.open(own_bundle)
-    assert refused.value.status == BUNDLE
-
-
-def test_arguments_that_make_no_sense(library: Library, tiny_bundle: Path) -> None:
-    runner, python = library.open(tiny_bundle, threads=1), load(tiny_bundle, threads=1)
-    session = runner.session()
-    session.advance([[1, 2]])
-    requests = (
-        ([[]], {}),
-        ([[2048]], {}),
-        ([[-1]], {}),
-        ([[1] * 513], {}),
-        ([[1]], {"max_new_tokens": 0}),
-        ([[1]], {"n_loops": [13]}),
-    )
-    for prompts, options in requests:
-        with pytest.raises(CError) as in_c:
-            runner.generate(prompts, **options)
-        with pytest.raises(Exception, match=r".") as in_python:
-            python.generate(prompts, **options)
-        assert in_c.value.status == INPUT
-        assert str(in_c.value).replace("sequence 0", "prompt 0") == str(in_python.value).replace(
-            "sequence 0", "prompt 0"
-        )
-    for name, value in (
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("min_p", 2.0),
-    ):
-        with pytest.raises(CError, match=f"{name} is .*; expected ") as in_c:
-            runner.generate([[1]], **{name: value})
-        assert in_c.value.status == INPUT
-    for call in (
-        lambda: library.call("mythos_runner_open", None, None, None),
-        lambda: runner.session(0),
-        lambda: runner.score([1]),
-        lambda: session.keep([1]),
-        lambda: session.keep([]),
-        lambda: session.advance([[]]),
-        lambda: library.call("mythos_runner_info", runner.handle, ctypes.byref(Stats(size=1))),
-    ):
-        with pytest.raises(CError) as in_c:
-            call()
-        assert in_c.value.status == INPUT
-        assert str(in_c.value)
-    session.advance([[3]])  # it is as it was
-    assert session.past_len == [3]
-
-
-def test_operators_that_are_not_there(library: Library, tiny_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(CError, match="native operators are asked for, but there is no ") as refused:
-        library.open(tiny_bundle, native=1, operators_library=str(tmp_path / "none.so").encode())
-    assert refused.value.status == BACKEND
-    assert not library.open(tiny_bundle, operators_library=str(tmp_path / "none.so").encode()).info.native
-
-
-def test_a_memory_limit(library: Library, tiny_bundle: Path) -> None:
-    with pytest.raises(CError, match=r"the weights take .* bytes, more than the memory_limit of 1000") as refused:
-        library.open(tiny_bundle, memory_limit=1000)
-    assert refused.value.status == MEMORY
-    plain = library.open(tiny_bundle, threads=1)
-    cache = plain.info.cache_bytes_per_token * 256
-    runner = library.open(tiny_bundle, threads=1, memory_limit=plain.info.weight_bytes + cache + cache // 2)
-    session = runner.session()
-    with pytest.raises(
-        CError, match=r"would exceed the memory_limit of .*; close sessions, shorten them, or raise it"
-    ) as refused:
-        runner.session()
-    assert refused.value.status == MEMORY
-    session.close()
-    runner.session()
-
-
 def test_runners_that_come_and_go_leave_nothing_behind(library: Library, tiny_bundle: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -386,20 +180,63 @@ def test_runners_that_come_and_go_leave_nothing_behind(library: Library, tiny_bu
 # The SDK
 
 
-def test_a_program_builds_against_the_sdk(sdk: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    build = tmp_path / "build"
+@pytest.fixture(scope="session")
+def programs(sdk: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The examples, built against the installed SDK."""
+    build = tmp_path_factory.mktemp("examples")
     run(tool("cmake"), "-S", ROOT / "examples" / "cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={sdk}")
     run(tool("cmake"), "--build", build, "--parallel", "2")
+    return build
+
+
+def test_programs_give_pythons_tokens(programs: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     python = load(tiny_bundle, "onnxruntime")
     for options in ({}, {"temperature": 0.8, "seed": 9}):
         extra = [f"{value}" for value in options.values()]
-        out = run(build / "generate", tiny_bundle, "5,6,7", 128, *extra)
+        out = run(programs / "generate", tiny_bundle, "5,6,7", 128, *extra)
         want = python.generate([5, 6, 7], 128, **options).complete().ids
         assert [int(token) for token in out.split()] == want
-    ticks = run(build / "robot_loop", tiny_bundle, 20, 3).splitlines()
+    ticks = run(programs / "robot_loop", tiny_bundle, 20, 3).splitlines()
     assert [line.partition(":")[0] for line in ticks] == ["tick 0", "tick 1", "tick 2"]
-    failed = subprocess.run([build / "generate", tmp_path, "1"], capture_output=True, text=True, check=False)
+    failed = subprocess.run([programs / "generate", tmp_path, "1"], capture_output=True, text=True, check=False)
     assert (failed.returncode, "not a bundle" in failed.stderr) == (2, True)
+
+
+def test_a_program_without_onnxruntime_says_so(programs: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    for library, said in (
+        (tmp_path / "none.so", "found no library of onnxruntime"),
+        (native_operators.LIBRARY, "not a library of onnxruntime"),
+    ):
+        if library == native_operators.LIBRARY and not native_operators.is_available():
+            continue
+        environment = os.environ | {"MYTHOS_ONNXRUNTIME": str(library)}
+        done = subprocess.run(
+            [programs / "generate", tiny_bundle, "1"], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "in MYTHOS_ONNXRUNTIME" in done.stderr
+
+
+def test_a_chat(sdk: Path, library: Library, programs: Path, tiny_bundle: Path) -> None:
+    if not library.open(tiny_bundle, threads=1).info.has_text:
+        pytest.skip("text is not built in; `make cpp` says why")
+    prompt = "JULIET.\nO gentle night,\n"
+    said = run(programs / "chat", tiny_bundle, 40, input=prompt)
+    python, ids = load(tiny_bundle, "onnxruntime"), []
+    want = ""
+    for line in prompt.splitlines(keepends=True):
+        ids += python.encode(line)
+        answer = python.generate(ids, 40, stop="\n\n").complete()
+        ids, want = ids + answer.ids, f"{want}{answer.text}\n\n"
+    assert said == want
+
+
+def test_a_bench(programs: Path, tiny_bundle: Path) -> None:
+    lines = run(programs / "bench", tiny_bundle, "-p", 16, "-n", 4, "-r", 2, "-d", 8, "--threads", 1).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("|")] == ["test", "--------------", "pp16", "tg4"]
+    refused = subprocess.run([programs / "bench", tiny_bundle, "-r", "0"], capture_output=True, text=True, check=False)
+    assert (refused.returncode, "-r and -b at least 1" in refused.stderr) == (2, True)
 
 
 def test_nothing_but_the_c_functions_is_exported(sdk: Path) -> None:

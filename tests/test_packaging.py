@@ -13,12 +13,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cpp_sdk import tool
 
 from runtimes import native_operators
 from runtimes.runner import Runner
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = "runtimes/native/lib/libmythos_ops.so"
+CPP_LIBRARY = "runtimes/cpp/sdk/lib/libmythos_runtime.so"
 FORBIDDEN = {
     "runtimes": {"torch", "onnx", "mythos_export", "calibration"},
     "calibration": {"mythos_export"},
@@ -52,6 +54,7 @@ class Shell:
         self.folder = folder
         self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.environment["PIP_CONSTRAINT"] = str(ROOT / "constraints.txt")
+        self.environment["MYTHOS_TEXT"] = "OFF"  # of the C++ library, which takes minutes to build in
         cache = ROOT / "runtimes" / "native" / "build" / platform.machine() / "CMakeCache.txt"
         for line in cache.read_text().splitlines() if cache.is_file() else []:
             name, _, value = line.partition(":PATH=")
@@ -96,6 +99,14 @@ def test_wheel_without_torch(tiny_bundle: Path, runner: Runner, tmp_path: Path) 
         assert health["native_operators"] == native_operators.instruction_set()
         assert health["native_library"].endswith(LIBRARY)
         assert str(ROOT) not in health["native_library"]
+    if CPP_LIBRARY not in names:
+        assert "run: pip install" in run(binaries / "mythos-export", "cpp-config", "--lib-dir", fails=True).stderr
+        pytest.skip("the C++ library could not be built into the wheel here: it needs a compiler and OpenSSL's headers")
+    package = run(binaries / "mythos-export", "cpp-config", "--cmake-dir").stdout.strip()
+    run(tool("cmake"), "-S", ROOT / "examples" / "cpp", "-B", tmp_path / "build", f"-Dmythos_runtime_DIR={package}")
+    run(tool("cmake"), "--build", tmp_path / "build", "--target", "generate")
+    tokens = run(tmp_path / "build" / "generate", tiny_bundle, "5,6,7", 16).stdout.split()
+    assert [int(token) for token in tokens] == runner.generate([5, 6, 7], 16).complete().ids
 
 
 @pytest.mark.slow
@@ -107,7 +118,7 @@ def test_wheel_without_a_compiler(tiny_bundle: Path, runner: Runner, tmp_path: P
     assert "This wheel is without the native operators" in built.stdout
     (wheel,) = tmp_path.glob("*-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.startswith("runtimes/native/")]
+        assert not [name for name in archive.namelist() if name.startswith(("runtimes/native/", "runtimes/cpp/"))]
         archive.extractall(tmp_path / "installed")
     command = [sys.executable, "-m", "mythos_export.cli"]
     paths = {"PYTHONPATH": str(tmp_path / "installed")}
@@ -118,3 +129,4 @@ def test_wheel_without_a_compiler(tiny_bundle: Path, runner: Runner, tmp_path: P
     generate = [*command, "generate", tiny_bundle, "--prompt", "JULIET.", "-n", 16, "--json"]
     assert json.loads(run(*generate, **paths).stdout)["ids"] == runner.generate("JULIET.", 16).complete().ids
     assert "pip install --verbose" in run(*generate, "--native", fails=True, **paths).stderr
+    assert "pip install --verbose" in run(*command, "cpp-config", "--json", fails=True, **paths).stderr

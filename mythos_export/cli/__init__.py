@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from mythos_export.cli import building, bundles, quantizing, running  # noqa: F401 (each adds its commands)
+from mythos_export.cli import building, bundles, quantizing, running, sdk  # noqa: F401 (each adds its commands)
 from mythos_export.cli.app import app
 from runtimes.errors import MythosError
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Unpacks Debian's headers under a folder, as any user, installing nothing: debian_headers.sh FOLDER [PACKAGE…], by default those of
-# onnxruntime and Highway.
+# onnxruntime and Highway. SUITE and ARCHITECTURE may name other ones than forky and this machine's.
 # Where it cannot, it prints why. onnxruntime's are in Debian from 13 on, so forky's are taken whatever the machine runs.
 set -euo pipefail
 folder=$1
@@ -18,10 +18,11 @@ mirror=
 packages=$folder.packages # beside it, with lists and caches of their own, so that the machine's apt is not touched
 mkdir -p "$packages/state/lists/partial" "$packages/cache/archives/partial"
 cd "$packages"
-echo "deb [signed-by=$keys] ${mirror:-http://deb.debian.org/debian} forky main" >sources.list
+echo "deb [signed-by=$keys] ${mirror:-http://deb.debian.org/debian} ${SUITE:-forky} main" >sources.list
 apt=(apt-get -qq -o "Dir::Etc::SourceList=$PWD/sources.list" -o Dir::Etc::SourceParts=/dev/null -o "Dir::State=$PWD/state"
   -o "Dir::Cache=$PWD/cache" -o APT::Sandbox::User=root -o Acquire::Retries=1 -o Acquire::http::Timeout=20
   -o APT::Update::Error-Mode=any)
+[ -z "${ARCHITECTURE:-}" ] || apt+=(-o "APT::Architecture=$ARCHITECTURE" -o "APT::Architectures::=$ARCHITECTURE")
 { "${apt[@]}" update && "${apt[@]}" download "$@"; } >log 2>&1 ||
   fail "apt-get: $(grep -m 1 '^E:' log || tail -n 1 log)"
 for package in *.deb; do dpkg-deb -x "$package" "$folder"; done

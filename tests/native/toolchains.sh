@@ -4,7 +4,11 @@
 set -euo pipefail
 missing=()
 command -v "${CXX:-c++}" >/dev/null || missing+=(g++)
-printf '#include <openssl/evp.h>' | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1 || missing+=(libssl-dev)
+has_header() { printf '#include <%s>' "$1" | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1; }
+has_header openssl/evp.h || missing+=(libssl-dev)
+has_header nlohmann/json.hpp || missing+=(nlohmann-json3-dev)
+has_header re2/re2.h || missing+=(libre2-dev)
+has_header gtest/gtest.h || missing+=(libgtest-dev)
 if [ "$(uname -m)" != aarch64 ]; then # there the NEON kernels run as they are
   command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
   command -v qemu-aarch64 >/dev/null || command -v qemu-aarch64-static >/dev/null || missing+=(qemu-user)

@@ -66,6 +66,8 @@ class Backend {
   virtual const char* name() const = 0;
   virtual const Graph& graph() const = 0;
   virtual bool native() const = 0;
+  // Tokens of each sequence that a step is to take at most: bounds the memory of scores and expert inputs.
+  virtual int64_t longest_step() const = 0;
   // Throws Error: MYTHOS_CANCELLED where the signal is set before or during the step, else what failed.
   virtual std::unique_ptr<StepOutput> run(const StepInput& step, StopSignal& stop) = 0;
 };
@@ -74,6 +76,7 @@ struct BackendOptions {
   int threads;            // 0: all cores
   int native;             // 1, 0 or -1, as in mythos_options
   std::string operators;  // path of the native operators, "" for the usual places
+  int64_t longest_step;
 };
 
 // Throws Error.

@@ -2,6 +2,7 @@
 
 #include <openssl/evp.h>
 
+#include <algorithm>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -88,6 +89,7 @@ Graph graph_of(const json& object) {
   graph.cache_width = number(object, "cache_width", 1);
   graph.vocab_size = number(object, "vocab_size", 1);
   graph.max_seq_len = number(object, "max_seq_len", 1);
+  if (graph.most_cache_bytes() > kMostCacheBytes) throw std::invalid_argument("a graph's cache is larger than any memory");
   return graph;
 }
 
@@ -114,8 +116,7 @@ Manifest parsed(const fs::path& path) {
       manifest.files[name] = {static_cast<uint64_t>(number(entry, "size")), entry.at("sha256").get<std::string>()};
     }
     if (head.contains("eos_token_ids")) manifest.eos_token_ids = head.at("eos_token_ids").get<std::vector<int64_t>>();
-    if (head.contains("tokenizer") && !head["tokenizer"].is_null() && !manifest.files.count(head["tokenizer"].get<std::string>()))
-      damaged(text(path) + ": names " + head["tokenizer"].get<std::string>() + " without a checksum; export again");
+    if (head.contains("tokenizer") && !head["tokenizer"].is_null()) manifest.tokenizer = head["tokenizer"].get<std::string>();
     return manifest;
   } catch (const json::exception& problem) {
     damaged(text(path) + ": damaged manifest: " + problem.what() + "; export the checkpoint again");
@@ -149,6 +150,13 @@ void check_file(const fs::path& folder, const std::string& name, const FileEntry
 
 }  // namespace
 
+double Graph::most_cache_bytes() const {
+  const auto real = [](int64_t value) { return static_cast<double>(value); };
+  const double slots_most =
+      real(prelude_slots) + real(std::max({max_loops, default_loops, loops})) * real(loop_slots) + real(coda_slots);
+  return slots_most * real(max_seq_len) * (real(cache_width) * sizeof(float) + sizeof(float));
+}
+
 Manifest open_bundle(const fs::path& folder) {
   if (!fs::is_directory(folder)) damaged(text(folder) + ": no such folder; expected a bundle made by `mythos-export export`");
   const fs::path path = folder / kManifest;
@@ -163,6 +171,7 @@ Manifest open_bundle(const fs::path& folder) {
     }
   }
   std::set<std::string> unlisted;
+  if (!manifest.tokenizer.empty() && !manifest.files.count(manifest.tokenizer)) unlisted.insert(manifest.tokenizer);
   for (const Graph& graph : manifest.graphs) {
     if (!manifest.files.count(graph.file)) unlisted.insert(graph.file);
     for (const auto& name : graph.weights)

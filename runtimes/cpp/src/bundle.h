@@ -14,6 +14,8 @@ struct FileEntry {
   std::string sha256;
 };
 
+constexpr double kMostCacheBytes = 0x1p56;
+
 struct Graph {
   std::string file;
   std::vector<std::string> weights;
@@ -22,12 +24,20 @@ struct Graph {
   int64_t max_loops, default_loops, prelude_slots, loop_slots, coda_slots, cache_width, vocab_size, max_seq_len;
 
   int64_t slots(int64_t n_loops) const { return prelude_slots + n_loops * loop_slots + coda_slots; }
+  size_t cache_item_size() const { return cache_dtype == "float16" ? 2 : cache_dtype == "int8" ? 1 : 4; }
+  // Bytes of the longest sequence at the greatest depth; no count of bytes overflows where that is below kMostCacheBytes.
+  double most_cache_bytes() const;
+  // Bytes of a token in a slot: its row and, in an int8 cache, the row's scale.
+  size_t cache_row_size() const {
+    return static_cast<size_t>(cache_width) * cache_item_size() + (cache_dtype == "int8" ? sizeof(float) : 0);
+  }
 };
 
 struct Manifest {
   std::vector<Graph> graphs;
   std::map<std::string, FileEntry> files;
   std::vector<int64_t> eos_token_ids;
+  std::string tokenizer;  // file, "" where there is none
 };
 
 // Checks everything a bundle names before anything of it is used. Throws Error.

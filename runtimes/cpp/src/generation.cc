@@ -13,8 +13,11 @@ struct Sequence {
   int64_t index;
   std::vector<int64_t> seen;
   SplitMix64 random;
-  int64_t n_new = 0;
-  mythos_finish finish = MYTHOS_FINISH_NONE;
+  TextStream stream;
+  int64_t n_new;
+  mythos_finish finish;
+  mythos_token token;  // the newest
+  std::string text;    // its text
 };
 
 mythos_finish finish_after(const Sequence& sequence, const Request& request, int64_t max_seq_len) {
@@ -30,9 +33,38 @@ double seconds_since(std::chrono::steady_clock::time_point began) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
 }
 
+// Chooses the sequence's next token from logits [V].
+void choose(Sequence& sequence, const float* logits, const Graph& graph, const Request& request) {
+  const int64_t token = request.sampling.choose(logits, graph.vocab_size, sequence.seen, sequence.random);
+  sequence.seen.push_back(token);
+  ++sequence.n_new;
+  sequence.finish = finish_after(sequence, request, graph.max_seq_len);
+  sequence.text = sequence.stream.add(token, sequence.finish != MYTHOS_FINISH_NONE);
+  if (sequence.stream.stopped()) sequence.finish = MYTHOS_FINISH_STOP;
+  sequence.token = {token, log_probability(logits, graph.vocab_size, token), sequence.index, nullptr, sequence.text.size()};
+}
+
+// Takes out the sequences that have ended; step: what the others go on with.
+void leave(std::vector<Sequence>& sequences, Generated& result, Session& session, Rows& step) {
+  std::vector<int64_t> going;
+  std::vector<Sequence> left;
+  step.clear();
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    Sequence& sequence = sequences[b];
+    if (result.cancelled && sequence.finish == MYTHOS_FINISH_NONE) sequence.finish = MYTHOS_FINISH_CANCELLED;
+    result.finish[static_cast<size_t>(sequence.index)] = sequence.finish;
+    if (sequence.finish != MYTHOS_FINISH_NONE) continue;
+    going.push_back(static_cast<int64_t>(b));
+    step.push_back({sequence.seen.back()});
+    left.push_back(std::move(sequence));
+  }
+  if (!left.empty() && left.size() < sequences.size()) session.keep(going);
+  sequences.swap(left);
+}
+
 }  // namespace
 
-Generated generate(Backend& backend, MemoryBudget& budget, const Rows& prompts, const Request& request,
+Generated generate(Backend& backend, MemoryBudget& budget, const Tokenizer* tokenizer, const Rows& prompts, const Request& request,
                    const std::function<bool(const mythos_token&)>& tell) {
   if (request.max_new_tokens < 1)
     refuse("max_new_tokens is " + std::to_string(request.max_new_tokens) + "; expected at least 1");
@@ -42,7 +74,9 @@ Generated generate(Backend& backend, MemoryBudget& budget, const Rows& prompts, 
   std::vector<Sequence> sequences;
   Generated result{std::vector<mythos_finish>(prompts.size(), MYTHOS_FINISH_NONE), mythos_stats{}, false};
   for (size_t i = 0; i < prompts.size(); ++i) {
-    sequences.push_back({static_cast<int64_t>(i), prompts[i], SplitMix64(request.seed + i)});
+    sequences.push_back(
+        {static_cast<int64_t>(i), prompts[i], SplitMix64(request.seed + i), TextStream(tokenizer, request.stop_texts), 0,
+         MYTHOS_FINISH_NONE, mythos_token{}, ""});
     result.stats.prompt_tokens += static_cast<int64_t>(prompts[i].size());
   }
   std::vector<float> logits(prompts.size() * static_cast<size_t>(graph.vocab_size));
@@ -52,36 +86,19 @@ Generated generate(Backend& backend, MemoryBudget& budget, const Rows& prompts, 
   for (bool decoding = false; !sequences.empty(); decoding = true) {
     const auto began = std::chrono::steady_clock::now();
     session.advance(step, logits.data(), exit_loop.data());
-    std::vector<mythos_token> tokens;
     for (size_t b = 0; b < sequences.size(); ++b) {
-      Sequence& sequence = sequences[b];
-      const float* row = logits.data() + b * static_cast<size_t>(graph.vocab_size);
-      const int64_t token = request.sampling.choose(row, graph.vocab_size, sequence.seen, sequence.random);
-      sequence.seen.push_back(token);
-      ++sequence.n_new;
-      sequence.finish = finish_after(sequence, request, graph.max_seq_len);
-      tokens.push_back({token, log_probability(row, graph.vocab_size, token), sequence.index});
+      choose(sequences[b], logits.data() + b * static_cast<size_t>(graph.vocab_size), graph, request);
       exit_loops += static_cast<double>(exit_loop[b]);
     }
-    const int64_t made = static_cast<int64_t>(tokens.size());
+    const int64_t made = static_cast<int64_t>(sequences.size());
     (decoding ? result.stats.decode_seconds : result.stats.prefill_seconds) += seconds_since(began);
     result.stats.decode_tokens += decoding ? made : 0;
     result.stats.new_tokens += made;
-    for (const mythos_token& token : tokens) result.cancelled = result.cancelled || !tell(token);
-    std::vector<int64_t> going;
-    std::vector<Sequence> left;
-    step.clear();
-    for (size_t b = 0; b < sequences.size(); ++b) {
-      Sequence& sequence = sequences[b];
-      if (result.cancelled && sequence.finish == MYTHOS_FINISH_NONE) sequence.finish = MYTHOS_FINISH_CANCELLED;
-      result.finish[static_cast<size_t>(sequence.index)] = sequence.finish;
-      if (sequence.finish != MYTHOS_FINISH_NONE) continue;
-      going.push_back(static_cast<int64_t>(b));
-      step.push_back({sequence.seen.back()});
-      left.push_back(std::move(sequence));
+    for (Sequence& sequence : sequences) {
+      sequence.token.text = sequence.text.c_str();
+      result.cancelled = result.cancelled || !tell(sequence.token);
     }
-    if (!left.empty() && left.size() < sequences.size()) session.keep(going);
-    sequences.swap(left);
+    leave(sequences, result, session, step);
   }
   result.stats.mean_exit_loop = exit_loops / static_cast<double>(result.stats.new_tokens);
   return result;

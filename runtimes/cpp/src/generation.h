@@ -8,6 +8,7 @@
 #include "mythos/runtime.h"
 #include "sampling.h"
 #include "session.h"
+#include "tokenizer.h"
 
 namespace mythos {
 
@@ -16,6 +17,7 @@ struct Request {
   Sampling sampling;
   uint64_t seed = 0;
   std::set<int64_t> stop_ids, eos;
+  std::vector<std::string> stop_texts;  // only with a tokenizer
   std::vector<int64_t> n_loops;
 };
 
@@ -25,8 +27,8 @@ struct Generated {
   bool cancelled;
 };
 
-// tell: is given every token; where it returns false, the generation stops. Throws Error.
-Generated generate(Backend& backend, MemoryBudget& budget, const Rows& prompts, const Request& request,
+// tokenizer: gives tokens their text; may be null. tell: is given every token; where it returns false, the generation stops. Throws Error.
+Generated generate(Backend& backend, MemoryBudget& budget, const Tokenizer* tokenizer, const Rows& prompts, const Request& request,
                    const std::function<bool(const mythos_token&)>& tell);
 
 }  // namespace mythos

@@ -1,11 +1,11 @@
 // The bundle's graph on onnxruntime's CPU provider: weights mapped from disk, nothing copied in.
-#include <dlfcn.h>
 #include <onnxruntime_cxx_api.h>
 
 #include <cstdlib>
 
 #include "backend.h"
 #include "error.h"
+#include "onnxruntime_library.h"
 
 namespace mythos {
 namespace {
@@ -18,8 +18,6 @@ ONNXTensorElementDataType element_type(const std::string& dtype) {
   return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 
-size_t item_size(const std::string& dtype) { return dtype == "float16" ? 2 : dtype == "int8" ? 1 : 4; }
-
 // One environment for all runners, for as long as the process lives: onnxruntime's threads and allocators end with it.
 Ort::Env& environment() {
   static Ort::Env* env = new Ort::Env(ORT_LOGGING_LEVEL_FATAL, "mythos");
@@ -30,9 +28,8 @@ Ort::Env& environment() {
 fs::path operators_of(const std::string& given) {
   if (!given.empty()) return given;
   if (const char* named = std::getenv("MYTHOS_OPERATORS"); named && *named) return named;
-  Dl_info here;
-  if (!dladdr(reinterpret_cast<const void*>(&mythos_version), &here) || !here.dli_fname) return {};
-  return fs::path(here.dli_fname).parent_path() / "libmythos_ops.so";
+  const fs::path own = own_folder(), beside = own / "libmythos_ops.so";
+  return fs::exists(beside) ? beside : own / "../../../native/lib/libmythos_ops.so";  // where the Python package has both
 }
 
 class Outputs : public StepOutput {
@@ -51,7 +48,7 @@ class Outputs : public StepOutput {
 class OnnxRuntimeBackend : public Backend {
  public:
   OnnxRuntimeBackend(const fs::path& folder, Graph graph, const BackendOptions& options)
-      : graph_(std::move(graph)), int8_(graph_.cache_dtype == "int8"), session_(nullptr) {
+      : graph_(std::move(graph)), int8_(graph_.cache_dtype == "int8"), longest_step_(options.longest_step), session_(nullptr) {
     const fs::path operators = operators_of(options.operators);
     const bool there = fs::is_regular_file(operators);
     if (options.native == 1 && !there)
@@ -80,6 +77,7 @@ class OnnxRuntimeBackend : public Backend {
   const char* name() const override { return "onnxruntime"; }
   const Graph& graph() const override { return graph_; }
   bool native() const override { return native_; }
+  int64_t longest_step() const override { return longest_step_; }
 
   std::unique_ptr<StepOutput> run(const StepInput& step, StopSignal& stop) override {
     const int64_t b = step.batch, width = graph_.cache_width;
@@ -87,7 +85,7 @@ class OnnxRuntimeBackend : public Backend {
     values.push_back(integers(step.input_ids, {b, step.seq}));
     values.push_back(integers(step.past_len, {b}));
     const int64_t cache[] = {step.slots, b, step.capacity, width};
-    const size_t bytes = static_cast<size_t>(step.slots * b * step.capacity * width) * item_size(graph_.cache_dtype);
+    const size_t bytes = static_cast<size_t>(step.slots * b * step.capacity * width) * graph_.cache_item_size();
     values.push_back(Ort::Value::CreateTensor(memory_, const_cast<void*>(step.past_kv), bytes, cache, 4,
                                               element_type(graph_.cache_dtype)));
     values.push_back(integers(step.logit_positions, {b, step.k}));
@@ -154,6 +152,7 @@ class OnnxRuntimeBackend : public Backend {
 
   Graph graph_;
   bool int8_, native_ = false;
+  int64_t longest_step_;
   Ort::Session session_;
   Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   std::vector<const char*> inputs_, outputs_;
@@ -173,6 +172,7 @@ const Graph& chosen(const Manifest& manifest) {
 }  // namespace
 
 std::unique_ptr<Backend> open_onnxruntime(const fs::path& folder, const Manifest& manifest, const BackendOptions& options) {
+  load_onnxruntime();
   return std::make_unique<OnnxRuntimeBackend>(folder, chosen(manifest), options);
 }
 

@@ -9,21 +9,30 @@
 
 #include "error.h"
 #include "generation.h"
+#include "utf8.h"
 
 struct mythos_runner {
   std::unique_ptr<mythos::Backend> backend;
   mythos::MemoryBudget budget;
   std::vector<int64_t> eos;
   uint64_t weight_bytes;
+  mythos::Text text;
 };
 
 struct mythos_session {
   mythos::Session session;
 };
 
+struct mythos_text_stream {
+  mythos::TextStream stream;
+  std::string text;  // of the last token
+};
+
 namespace {
 
 using mythos::refuse;
+
+constexpr int64_t kChunk = 512;  // tokens a step: long enough to use the cores
 
 std::string& message() {
   thread_local std::string text;
@@ -89,6 +98,31 @@ mythos::Rows rows_of(const int64_t* const* ids, const size_t* lengths, int64_t b
   return rows;
 }
 
+// As many of the values as there is room for; n: how many there are.
+template <typename Values, typename Value>
+void hand_out_all(const Values& values, Value* to, size_t room, size_t* n) {
+  if (room) need(to, "the place for the result");
+  std::copy_n(values.begin(), std::min(room, values.size()), to);
+  *n = values.size();
+}
+
+// Stop texts of a request, and the ids of those that name a special token, which never shows as text.
+void add_stops(const mythos_request& wanted, const mythos::Text& text, mythos::Request& request) {
+  if (wanted.n_stop_ids) need(wanted.stop_ids, "stop_ids");
+  if (wanted.n_stop_texts) need(wanted.stop_texts, "stop_texts");
+  request.stop_ids.insert(wanted.stop_ids, wanted.stop_ids + wanted.n_stop_ids);
+  for (size_t i = 0; i < wanted.n_stop_texts; ++i) {
+    need(wanted.stop_texts[i], "a text of stop_texts");
+    const std::string stop = wanted.stop_texts[i];
+    const auto special = text.need().special(stop);
+    if (stop.empty()) refuse("a text of stop_texts is empty; leave it out");
+    if (special)
+      request.stop_ids.insert(*special);
+    else
+      request.stop_texts.push_back(stop);
+  }
+}
+
 std::vector<int64_t> depths(const int64_t* n_loops, int64_t batch) {
   return n_loops ? std::vector<int64_t>(n_loops, n_loops + batch) : std::vector<int64_t>();
 }
@@ -103,7 +137,7 @@ const char* mythos_last_error(void) { return message().c_str(); }
 
 void mythos_options_init(mythos_options* options) {
   if (!options) return;
-  *options = mythos_options{sizeof(mythos_options), 0, -1, nullptr, 0};
+  *options = mythos_options{sizeof(mythos_options), 0, -1, nullptr, 0, 0};
 }
 
 mythos_status mythos_runner_open(const char* bundle, const mythos_options* options, mythos_runner** runner) {
@@ -113,16 +147,21 @@ mythos_status mythos_runner_open(const char* bundle, const mythos_options* optio
     *runner = nullptr;
     const mythos_options chosen = filled(options, mythos_options_init, "options");
     if (chosen.threads < 0) refuse("threads is " + std::to_string(chosen.threads) + "; expected 0 (all cores) or more");
+    if (chosen.prefill_chunk < 0)
+      refuse("prefill_chunk is " + std::to_string(chosen.prefill_chunk) + "; expected 0 (" + std::to_string(kChunk) + " tokens) or more");
     const auto manifest = mythos::open_bundle(bundle);
+    auto text = mythos::open_text(bundle, manifest.tokenizer);
     auto backend = mythos::open_onnxruntime(
-        bundle, manifest, {chosen.threads, chosen.native, chosen.operators_library ? chosen.operators_library : ""});
+        bundle, manifest, {chosen.threads, chosen.native, chosen.operators_library ? chosen.operators_library : "",
+                 chosen.prefill_chunk ? chosen.prefill_chunk : kChunk});
     uint64_t weights = 0;
     for (const auto& name : backend->graph().weights) weights += manifest.files.at(name).size;
     if (chosen.memory_limit && weights > chosen.memory_limit)
       throw mythos::Error(MYTHOS_ERROR_MEMORY, "the weights take " + std::to_string(weights) + " bytes, more than the memory_limit of " +
                                                    std::to_string(chosen.memory_limit));
     const uint64_t left = chosen.memory_limit ? std::max<uint64_t>(chosen.memory_limit - weights, 1) : 0;
-    *runner = new mythos_runner{std::move(backend), mythos::MemoryBudget(left), manifest.eos_token_ids, weights};
+    *runner = new mythos_runner{std::move(backend), mythos::MemoryBudget(left), manifest.eos_token_ids, weights,
+                                std::move(text)};
     return MYTHOS_OK;
   });
 }
@@ -134,12 +173,10 @@ mythos_status mythos_runner_info(const mythos_runner* runner, mythos_info* info)
     need(runner, "runner");
     need(info, "info");
     const mythos::Graph& graph = runner->backend->graph();
-    const int64_t item = graph.cache_dtype == "float16" ? 2 : graph.cache_dtype == "int8" ? 1 : 4;
-    const int64_t scale = graph.cache_dtype == "int8" ? 4 : 0;
     const int64_t loops = graph.loops ? graph.loops : graph.default_loops;
     hand_out(mythos_info{sizeof(mythos_info), graph.vocab_size, graph.max_seq_len, graph.loops, graph.max_loops, loops,
-                         graph.slots(loops) * (graph.cache_width * item + scale), runner->weight_bytes,
-                         runner->backend->native() ? 1 : 0, runner->backend->name()},
+                         graph.slots(loops) * static_cast<int64_t>(graph.cache_row_size()), runner->weight_bytes,
+                         runner->backend->native() ? 1 : 0, runner->backend->name(), runner->text.tokenizer ? 1 : 0},
              info, "info");
     return MYTHOS_OK;
   });
@@ -208,7 +245,7 @@ mythos_status mythos_session_resume(mythos_session* session) {
 
 void mythos_request_init(mythos_request* request) {
   if (!request) return;
-  *request = mythos_request{sizeof(mythos_request), 128, 0.0, 0, 1.0, 0.0, 1.0, 0, nullptr, 0, 0, nullptr};
+  *request = mythos_request{sizeof(mythos_request), 128, 0.0, 0, 1.0, 0.0, 1.0, 0, nullptr, 0, 0, nullptr, nullptr, 0};
 }
 
 mythos_status mythos_generate(mythos_runner* runner, const int64_t* const* prompts, const size_t* lengths, int64_t batch,
@@ -218,16 +255,15 @@ mythos_status mythos_generate(mythos_runner* runner, const int64_t* const* promp
     need(runner, "runner");
     if (batch < 1) refuse("batch is " + std::to_string(batch) + "; expected at least 1");
     const mythos_request wanted = filled(request, mythos_request_init, "request");
-    if (wanted.n_stop_ids) need(wanted.stop_ids, "stop_ids");
     mythos::Request plain;
     plain.max_new_tokens = wanted.max_new_tokens;
     plain.sampling = {wanted.temperature, wanted.top_p, wanted.min_p, wanted.repetition_penalty, wanted.top_k};
     plain.seed = wanted.seed;
-    plain.stop_ids.insert(wanted.stop_ids, wanted.stop_ids + wanted.n_stop_ids);
+    add_stops(wanted, runner->text, plain);
     if (!wanted.ignore_eos) plain.eos.insert(runner->eos.begin(), runner->eos.end());
     plain.n_loops = depths(wanted.n_loops, batch);
     const auto result =
-        mythos::generate(*runner->backend, runner->budget, rows_of(prompts, lengths, batch), plain,
+        mythos::generate(*runner->backend, runner->budget, runner->text.tokenizer.get(), rows_of(prompts, lengths, batch), plain,
                          [&](const mythos_token& token) { return !callback || callback(&token, user) == 0; });
     if (finish) std::copy(result.finish.begin(), result.finish.end(), finish);
     if (stats) hand_out(result.stats, stats, "stats");
@@ -247,6 +283,52 @@ mythos_status mythos_score(mythos_runner* runner, const int64_t* ids, size_t n, 
     session.advance_scored({ids, ids + n}, [&](const float* logits, size_t i) {
       if (i + 1 < n) logprobs[i] = mythos::log_probability(logits, vocab, ids[i + 1]);
     });
+    return MYTHOS_OK;
+  });
+}
+
+mythos_status mythos_encode(const mythos_runner* runner, const char* text, size_t size, int64_t* ids, size_t room, size_t* n) {
+  return guarded([&] {
+    need(runner, "runner");
+    need(n, "n");
+    if (size) need(text, "text");
+    hand_out_all(runner->text.need().encode({text, size}), ids, room, n);
+    return MYTHOS_OK;
+  });
+}
+
+mythos_status mythos_decode(const mythos_runner* runner, const int64_t* ids, size_t n, char* text, size_t room, size_t* size) {
+  return guarded([&] {
+    need(runner, "runner");
+    need(size, "size");
+    if (n) need(ids, "ids");
+    std::string bytes;
+    for (size_t i = 0; i < n; ++i) bytes += runner->text.need().bytes(ids[i]);
+    hand_out_all(mythos::readable_utf8(bytes), text, room, size);
+    return MYTHOS_OK;
+  });
+}
+
+mythos_status mythos_text_stream_open(const mythos_runner* runner, mythos_text_stream** stream) {
+  return guarded([&] {
+    need(runner, "runner");
+    need(stream, "stream");
+    *stream = nullptr;
+    *stream = new mythos_text_stream{mythos::TextStream(&runner->text.need(), {}), ""};
+    return MYTHOS_OK;
+  });
+}
+
+void mythos_text_stream_close(mythos_text_stream* stream) { delete stream; }
+
+mythos_status mythos_text_stream_add(mythos_text_stream* stream, int64_t id, int32_t last, const char** text, size_t* size) {
+  return guarded([&] {
+    need(stream, "stream");
+    need(text, "text");
+    need(size, "size");
+    stream->text = stream->stream.add(id, last != 0);
+    *text = stream->text.c_str();
+    *size = stream->text.size();
     return MYTHOS_OK;
   });
 }

@@ -21,42 +21,60 @@ double SplitMix64::uniform() { return static_cast<double>(next() >> 11) * 0x1p-5
 
 namespace {
 
-struct Candidates {
-  std::vector<int64_t> ids;  // most likely first, ties by rising id
-  std::vector<double> probabilities;
+// Ids by falling value, ties by rising id, sorted only as far as they are asked for: a draw seldom looks at many.
+class Ranking {
+ public:
+  // values: their largest is 0.
+  explicit Ranking(const std::vector<double>& values) : values_(values) {}
+
+  int64_t operator[](size_t rank) {
+    while (rank >= ids_.size()) sort_next_band();
+    return ids_[rank];
+  }
+
+ private:
+  void sort_next_band() {
+    constexpr int kBands = 6;
+    constexpr double kDepth = 3.5;
+    const double above = band_ ? -kDepth * band_ : HUGE_VAL;
+    ++band_;
+    const double least = band_ < kBands ? -kDepth * band_ : -HUGE_VAL;
+    const auto begin = static_cast<std::ptrdiff_t>(ids_.size());
+    for (size_t id = 0; id < values_.size(); ++id)
+      if (values_[id] >= least && values_[id] < above) ids_.push_back(static_cast<int64_t>(id));
+    std::stable_sort(ids_.begin() + begin, ids_.end(), [this](int64_t a, int64_t b) { return values_[a] > values_[b]; });
+  }
+
+  const std::vector<double>& values_;
+  std::vector<int64_t> ids_;
+  int band_ = 0;
 };
 
-Candidates candidates(const std::vector<double>& scaled, const Sampling& sampling) {
-  Candidates kept;
-  kept.ids.resize(scaled.size());
-  std::iota(kept.ids.begin(), kept.ids.end(), int64_t{0});
-  const auto likelier = [&](int64_t a, int64_t b) { return scaled[a] != scaled[b] ? scaled[a] > scaled[b] : a < b; };
-  const size_t most = sampling.top_k ? std::min<size_t>(sampling.top_k, scaled.size()) : scaled.size();
-  std::partial_sort(kept.ids.begin(), kept.ids.begin() + most, kept.ids.end(), likelier);
-  kept.ids.resize(most);
+// Draws from what top_k, top_p and min_p leave. scaled: its largest is 0.
+int64_t drawn(const std::vector<double>& scaled, const Sampling& sampling, double uniform) {
+  Ranking ranking(scaled);
+  size_t n = sampling.top_k ? std::min<size_t>(sampling.top_k, scaled.size()) : scaled.size();
+  std::vector<double> likelihoods(scaled.size());
+  std::transform(scaled.begin(), scaled.end(), likelihoods.begin(), [](double value) { return std::exp(value); });
+  const auto likelihood = [&](size_t rank) { return likelihoods[ranking[rank]]; };
   double total = 0;
-  for (const int64_t id : kept.ids) {
-    kept.probabilities.push_back(std::exp(scaled[id] - scaled[kept.ids[0]]));
-    total += kept.probabilities.back();
+  if (n < scaled.size())
+    for (size_t rank = 0; rank < n; ++rank) total += likelihood(rank);
+  else
+    total = std::accumulate(likelihoods.begin(), likelihoods.end(), 0.0);
+  if (sampling.top_p < 1 || sampling.min_p > 0) {
+    double kept = 0;
+    size_t rank = 0;
+    while (rank < n && likelihood(rank) >= sampling.min_p && !(rank && kept / total >= sampling.top_p)) kept += likelihood(rank++);
+    n = rank;
+    total = kept;
   }
-  for (double& probability : kept.probabilities) probability /= total;
-  if (sampling.top_p < 1) {
-    double reached = 0;
-    size_t n = 0;
-    while (n < kept.ids.size()) {
-      reached += kept.probabilities[n++];
-      if (reached >= sampling.top_p) break;
-    }
-    kept.ids.resize(n);
-    kept.probabilities.resize(n);
+  double reached = 0;
+  for (size_t rank = 0; rank + 1 < n; ++rank) {
+    reached += likelihood(rank);
+    if (reached > uniform * total) return ranking[rank];
   }
-  if (sampling.min_p > 0) {
-    size_t n = 0;
-    while (n < kept.ids.size() && kept.probabilities[n] >= sampling.min_p * kept.probabilities[0]) ++n;
-    kept.ids.resize(n);
-    kept.probabilities.resize(n);
-  }
-  return kept;
+  return ranking[n - 1];
 }
 
 }  // namespace
@@ -80,6 +98,7 @@ void Sampling::check() const {
 }
 
 int64_t Sampling::choose(const float* logits, int64_t n, const std::vector<int64_t>& seen, SplitMix64& random) const {
+  if (temperature == 0 && repetition_penalty == 1) return std::max_element(logits, logits + n) - logits;
   std::vector<double> values(logits, logits + n);
   if (repetition_penalty != 1) {
     for (const int64_t id : std::set<int64_t>(seen.begin(), seen.end()))
@@ -89,13 +108,9 @@ int64_t Sampling::choose(const float* logits, int64_t n, const std::vector<int64
   if (temperature == 0) return largest - values.begin();
   const double top = *largest;
   for (double& value : values) value = (value - top) / temperature;
-  const Candidates kept = candidates(values, *this);
-  std::vector<double> cumulative(kept.probabilities.size());
-  std::partial_sum(kept.probabilities.begin(), kept.probabilities.end(), cumulative.begin());
-  const double drawn = random.uniform() * cumulative.back();
-  const auto found = std::upper_bound(cumulative.begin(), cumulative.end(), drawn);
-  const size_t at = std::min<size_t>(found - cumulative.begin(), kept.ids.size() - 1);
-  return kept.ids[at];
+  const bool numbers = std::all_of(values.begin(), values.end(), [](double value) { return value <= 0; });
+  if (!numbers) failed("the model's logits are no numbers, so none can be drawn; export the bundle again, and see what `mythos-export verify` says of it");
+  return drawn(values, *this, random.uniform());
 }
 
 double log_probability(const float* logits, int64_t n, int64_t token) {

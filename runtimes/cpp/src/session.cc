@@ -11,12 +11,9 @@ namespace mythos {
 
 namespace {
 
-constexpr int64_t kChunk = 512;  // tokens a step: bounds the memory of scores, long enough to use the cores
 constexpr int64_t kBlock = 256;  // rows by which caches grow
 
 std::string number(int64_t value) { return std::to_string(value); }
-
-size_t item_size(const Graph& graph) { return graph.cache_dtype == "float16" ? 2 : graph.cache_dtype == "int8" ? 1 : 4; }
 
 }  // namespace
 
@@ -30,10 +27,11 @@ void MemoryBudget::take(uint64_t bytes) {
   }
 }
 
-std::vector<int64_t> checked_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops, int64_t batch) {
-  const std::vector<int64_t> depths =
-      n_loops.empty() ? std::vector<int64_t>(batch, graph.loops ? graph.loops : graph.default_loops) : n_loops;
-  for (const int64_t value : depths) {
+namespace {
+
+// Throws Error for a depth the graph cannot run.
+void check_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops) {
+  for (const int64_t value : n_loops) {
     if (graph.loops && value != graph.loops)
       refuse("n_loops is " + number(value) + ", but the bundle was exported for exactly " + number(graph.loops) +
              "; export it with --loops dynamic or --loops " + number(value));
@@ -41,8 +39,20 @@ std::vector<int64_t> checked_n_loops(const Graph& graph, const std::vector<int64
       refuse("n_loops is " + number(value) + "; expected 1 to " + number(graph.max_loops) +
              ", the bundle's max_loops (export with --max-loops for more)");
   }
-  return depths;
 }
+
+int64_t trained_loops(const Graph& graph) { return graph.loops ? graph.loops : graph.default_loops; }
+
+// Cache slots of sequences of these depths, or of the trained one.
+int64_t checked_slots(const Graph& graph, int64_t batch, const std::vector<int64_t>& n_loops) {
+  if (batch < 1) refuse("batch is " + number(batch) + "; expected at least 1");
+  if (static_cast<double>(batch) * graph.most_cache_bytes() > kMostCacheBytes)
+    throw Error(MYTHOS_ERROR_MEMORY, "batch is " + number(batch) + ", more than any memory holds; lower it");
+  check_n_loops(graph, n_loops);
+  return graph.slots(n_loops.empty() ? trained_loops(graph) : *std::max_element(n_loops.begin(), n_loops.end()));
+}
+
+}  // namespace
 
 // Input of one step: the ids of each row padded to the longest, and where each row's last one stands.
 struct Session::Step {
@@ -65,24 +75,19 @@ struct Session::Step {
 };
 
 Session::Session(Backend& backend, MemoryBudget& budget, int64_t batch, const std::vector<int64_t>& n_loops)
-    : backend_(backend), budget_(budget) {
-  if (batch < 1) refuse("batch is " + number(batch) + "; expected at least 1");
-  const Graph& graph = backend.graph();
-  n_loops_ = checked_n_loops(graph, n_loops, batch);
-  slots_ = graph.slots(*std::max_element(n_loops_.begin(), n_loops_.end()));
-  row_bytes_ = static_cast<size_t>(graph.cache_width) * item_size(graph);
-  capacity_ = kBlock;
-  length_.assign(static_cast<size_t>(batch), 0);
-  if (graph.cache_dtype == "int8") scales_.assign(static_cast<size_t>(slots_ * batch * capacity_), 0);
-  cache_.assign(static_cast<size_t>(slots_ * batch * capacity_) * row_bytes_, 0);
-  budget_.take(bytes(capacity_, batch));  // last: the destructor gives it back only where this came to an end
-}
-
-Session::~Session() { budget_.give_back(bytes(capacity_, batch())); }
+    : backend_(backend),
+      budget_(budget),
+      slots_(checked_slots(backend.graph(), batch, n_loops)),
+      capacity_(kBlock),
+      row_bytes_(static_cast<size_t>(backend.graph().cache_width) * backend.graph().cache_item_size()),
+      share_(budget, bytes(capacity_, batch)),
+      length_(static_cast<size_t>(batch), 0),
+      n_loops_(n_loops.empty() ? std::vector<int64_t>(static_cast<size_t>(batch), trained_loops(backend.graph())) : n_loops),
+      cache_(static_cast<size_t>(slots_ * batch * capacity_) * row_bytes_, 0),
+      scales_(backend.graph().cache_dtype == "int8" ? static_cast<size_t>(slots_ * batch * capacity_) : 0, 0) {}
 
 uint64_t Session::bytes(int64_t capacity, int64_t batch) const {
-  const uint64_t scale = backend_.graph().cache_dtype == "int8" ? sizeof(float) : 0;
-  return static_cast<uint64_t>(slots_ * batch * capacity) * (row_bytes_ + scale);
+  return static_cast<uint64_t>(slots_ * batch * capacity) * backend_.graph().cache_row_size();
 }
 
 void Session::check_ids(const Rows& ids) const {
@@ -115,16 +120,17 @@ std::unique_ptr<StepOutput> Session::run(const Step& step) {
 void Session::advance(const Rows& ids, float* logits, int64_t* exit_loop) {
   check_ids(ids);
   const int64_t vocab = backend_.graph().vocab_size;
+  const auto chunk = static_cast<size_t>(backend_.longest_step());
   size_t longest = 0;
   for (const auto& row : ids) longest = std::max(longest, row.size());
   const std::vector<int64_t> before = length_;
   try {
-    for (size_t start = 0; start < longest; start += kChunk) {
-      const Step step(ids, start, kChunk, false);
+    for (size_t start = 0; start < longest; start += chunk) {
+      const Step step(ids, start, chunk, false);
       const auto out = run(step);
       append(*out, step);
       for (size_t b = 0; b < ids.size(); ++b) {
-        if (ids[b].size() <= start || ids[b].size() > start + kChunk) continue;  // it ends in another chunk
+        if (ids[b].size() <= start || ids[b].size() > start + chunk) continue;  // it ends in another chunk
         if (logits) std::copy_n(out->logits() + static_cast<int64_t>(b) * vocab, vocab, logits + static_cast<int64_t>(b) * vocab);
         if (exit_loop) exit_loop[b] = out->exit_loop()[static_cast<int64_t>(b) * step.seq + step.positions[b]];
       }
@@ -139,8 +145,9 @@ void Session::advance_scored(const std::vector<int64_t>& ids, const std::functio
   const Rows rows{ids};
   check_ids(rows);
   const int64_t vocab = backend_.graph().vocab_size;
-  for (size_t start = 0; start < ids.size(); start += kChunk) {
-    const Step step(rows, start, kChunk, true);
+  const auto chunk = static_cast<size_t>(backend_.longest_step());
+  for (size_t start = 0; start < ids.size(); start += chunk) {
+    const Step step(rows, start, chunk, true);
     const auto out = run(step);
     append(*out, step);
     for (int64_t i = 0; i < step.seq; ++i) position(out->logits() + i * vocab, start + static_cast<size_t>(i));
@@ -176,16 +183,9 @@ void Session::reserve(int64_t rows) {
 // A cache of that capacity with these rows of the batch.
 void Session::resize(int64_t capacity, const std::vector<int64_t>& rows) {
   const int64_t before = batch(), after = static_cast<int64_t>(rows.size());
-  budget_.take(bytes(capacity, after));
-  std::vector<char> cache;
-  std::vector<float> scales;
-  try {
-    cache.assign(static_cast<size_t>(slots_ * after * capacity) * row_bytes_, 0);
-    scales.assign(scales_.empty() ? 0 : static_cast<size_t>(slots_ * after * capacity), 0);
-  } catch (...) {
-    budget_.give_back(bytes(capacity, after));
-    throw;
-  }
+  MemoryShare share(budget_, bytes(capacity, after));
+  std::vector<char> cache(static_cast<size_t>(slots_ * after * capacity) * row_bytes_, 0);
+  std::vector<float> scales(scales_.empty() ? 0 : static_cast<size_t>(slots_ * after * capacity), 0);
   for (int64_t slot = 0; slot < slots_; ++slot) {
     for (int64_t b = 0; b < after; ++b) {
       const int64_t old = rows[static_cast<size_t>(b)];
@@ -195,19 +195,19 @@ void Session::resize(int64_t capacity, const std::vector<int64_t>& rows) {
       if (!scales_.empty()) std::copy_n(scales_.data() + from, count, scales.data() + to);
     }
   }
-  budget_.give_back(bytes(capacity_, before));
+  share_.swap(share);
   cache_.swap(cache);
   scales_.swap(scales);
   capacity_ = capacity;
 }
 
 void Session::lower_n_loops(const std::vector<int64_t>& n_loops) {
-  const auto wanted = checked_n_loops(backend_.graph(), n_loops, batch());
-  for (size_t b = 0; b < wanted.size(); ++b)
-    if (wanted[b] > n_loops_[b])
-      refuse("n_loops of sequence " + std::to_string(b) + " would rise from " + number(n_loops_[b]) + " to " + number(wanted[b]) +
+  check_n_loops(backend_.graph(), n_loops);
+  for (size_t b = 0; b < n_loops.size(); ++b)
+    if (n_loops[b] > n_loops_[b])
+      refuse("n_loops of sequence " + std::to_string(b) + " would rise from " + number(n_loops_[b]) + " to " + number(n_loops[b]) +
              ": its earlier tokens left no cache rows at the deeper loops; start a new sequence at the depth it needs");
-  n_loops_ = wanted;
+  n_loops_ = n_loops;
 }
 
 void Session::keep(const std::vector<int64_t>& rows) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "backend.h"
@@ -25,16 +26,28 @@ class MemoryBudget {
   std::atomic<uint64_t> used_{0};
 };
 
+// Bytes taken from a budget for as long as this lives.
+class MemoryShare {
+ public:
+  // Throws Error (MYTHOS_ERROR_MEMORY).
+  MemoryShare(MemoryBudget& budget, uint64_t bytes) : budget_(budget), bytes_(bytes) { budget.take(bytes); }
+  ~MemoryShare() { budget_.give_back(bytes_); }
+  MemoryShare(const MemoryShare&) = delete;
+  MemoryShare& operator=(const MemoryShare&) = delete;
+  // Of the same budget.
+  void swap(MemoryShare& other) { std::swap(bytes_, other.bytes_); }
+
+ private:
+  MemoryBudget& budget_;
+  uint64_t bytes_;
+};
+
 using Rows = std::vector<std::vector<int64_t>>;
 
 class Session {
  public:
   // n_loops: of each row, or empty for the trained depth. Throws Error.
   Session(Backend& backend, MemoryBudget& budget, int64_t batch, const std::vector<int64_t>& n_loops);
-  ~Session();
-  Session(const Session&) = delete;
-  Session& operator=(const Session&) = delete;
-
   int64_t batch() const { return static_cast<int64_t>(length_.size()); }
   const std::vector<int64_t>& past_len() const { return length_; }
   StopSignal& stop() { return stop_; }
@@ -58,14 +71,13 @@ class Session {
   Backend& backend_;
   MemoryBudget& budget_;
   StopSignal stop_;
-  std::vector<int64_t> length_, n_loops_;
   int64_t slots_, capacity_;
   size_t row_bytes_;
+  MemoryShare share_;  // before what it is for
+  std::vector<int64_t> length_, n_loops_;
   std::vector<char> cache_;    // [slots, B, C, W]
   std::vector<float> scales_;  // [slots, B, C] of an int8 cache
 };
 
-// Depths of `batch` rows: as given, or the trained one. Throws Error for a depth the graph cannot run.
-std::vector<int64_t> checked_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops, int64_t batch);
 
 }  // namespace mythos

@@ -59,6 +59,8 @@ typedef struct mythos_options {
   int32_t native;                 /* native operators: 1 must run, 0 must not, -1 where operators_library loads (the default) */
   const char* operators_library;  /* path of libmythos_ops.so; NULL: beside this library, or what MYTHOS_OPERATORS names */
   uint64_t memory_limit;          /* most bytes for weights and all caches together; 0: no limit */
+  int64_t prefill_chunk;          /* tokens of each sequence that a step takes at most; 0: 512. Fewer take less memory beside weights and
+                                   * caches, and prefill longer */
 } mythos_options;
 
 MYTHOS_API void mythos_options_init(mythos_options* options);
@@ -75,6 +77,7 @@ typedef struct mythos_info {
   uint64_t weight_bytes; /* of the files that weights lie in */
   int32_t native;        /* 1 where native operators run */
   const char* backend;   /* "onnxruntime"; lives as long as the runner */
+  int32_t has_text;      /* 1 where mythos_encode, mythos_decode and texts of tokens are to be had; mythos_encode says why not */
 } mythos_info;
 
 /* Opens the bundle in a folder: its manifest is checked against the schema, and size and sha256 of every file, before anything is used.
@@ -120,11 +123,14 @@ MYTHOS_API mythos_status mythos_session_resume(mythos_session* session);
 
 /* ---- Generating ---- */
 
-/* A generated token. logprob: its natural log-probability under the model, before temperature and filters. index: its sequence. */
+/* A generated token; it and its text live during the callback. Newer libraries may add members at its end. */
 typedef struct mythos_token {
   int64_t id;
-  double logprob;
-  int64_t index;
+  double logprob;    /* natural log-probability under the model, before temperature and filters */
+  int64_t index;     /* its sequence */
+  const char* text;  /* UTF-8 that it adds to the output, text_size bytes and a final 0; "" while a character or a possible stop text is
+                      * unfinished, and where has_text is 0 */
+  size_t text_size;
 } mythos_token;
 
 /* Called with every token as it comes. Returns 0 to go on, anything else to stop the generation. Must not call functions of the same
@@ -146,6 +152,8 @@ typedef struct mythos_request {
   size_t n_stop_ids;
   int32_t ignore_eos;        /* 1: go on after a token that the bundle says ends a text */
   const int64_t* n_loops;    /* depth of each sequence, or NULL for the trained one */
+  const char* const* stop_texts; /* n_stop_texts texts in UTF-8, or names of special tokens, that end a sequence; left out of its text */
+  size_t n_stop_texts;
 } mythos_request;
 
 MYTHOS_API void mythos_request_init(mythos_request* request);
@@ -182,6 +190,32 @@ MYTHOS_API mythos_status mythos_generate(mythos_runner* runner, const int64_t* c
 /* Natural log-probability of every token after the first: ids holds n (at least 2), logprobs has room for n - 1. n_loops: 0 for the
  * trained depth. */
 MYTHOS_API mythos_status mythos_score(mythos_runner* runner, const int64_t* ids, size_t n, int64_t n_loops, double* logprobs);
+
+/* ---- Text: UTF-8, by the bundle's tokenizer.json; the same ids and texts as in Python ----
+ *
+ * Byte-level BPE without normalizer is read; for other tokenizers, bundles without one, and libraries built without text, these
+ * functions return MYTHOS_ERROR_INPUT with the reason. Runners may be used by any number of threads at once, streams by one. */
+
+/* Token ids of a text of `size` bytes, written to ids as far as there is room; n: how many there are. */
+MYTHOS_API mythos_status mythos_encode(const mythos_runner* runner, const char* text, size_t size, int64_t* ids, size_t room, size_t* n);
+
+/* Text of n token ids, special tokens left out, bytes that make no character as U+FFFD; written as far as there is room, without a final
+ * 0. size: bytes it has. Ids without a token have no text. */
+MYTHOS_API mythos_status mythos_decode(const mythos_runner* runner, const int64_t* ids, size_t n, char* text, size_t room, size_t* size);
+
+/* Text that grows token by token, for sessions; its runner must outlive it. */
+typedef struct mythos_text_stream mythos_text_stream;
+
+MYTHOS_API mythos_status mythos_text_stream_open(const mythos_runner* runner, mythos_text_stream** stream);
+
+/* Frees a stream. NULL is ignored. */
+MYTHOS_API void mythos_text_stream_close(mythos_text_stream* stream);
+
+/* What the token `id` adds: whole characters, size bytes and a final 0, "" while one is unfinished. last: 1 where nothing follows, so
+ * that unfinished bytes come out as U+FFFD. text lives until the stream's next call. */
+MYTHOS_API mythos_status mythos_text_stream_add(mythos_text_stream* stream, int64_t id, int32_t last, const char** text, size_t* size);
+
+/* ---- Statistics ---- */
 
 /* stats as one JSON object, written to text with a final 0 if it fits into `room` bytes; returns the length it has without the 0. */
 MYTHOS_API size_t mythos_stats_json(const mythos_stats* stats, char* text, size_t room);

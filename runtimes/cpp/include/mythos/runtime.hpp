@@ -37,6 +37,7 @@ inline void check(mythos_status status) {
 struct Close {
   void operator()(mythos_runner* runner) const noexcept { mythos_runner_close(runner); }
   void operator()(mythos_session* session) const noexcept { mythos_session_close(session); }
+  void operator()(mythos_text_stream* stream) const noexcept { mythos_text_stream_close(stream); }
 };
 
 // Rows of ids as the C functions take them; the rows must outlive it.
@@ -62,6 +63,7 @@ struct Options {
   int32_t native = -1;
   std::string operators_library;
   uint64_t memory_limit = 0;
+  int64_t prefill_chunk = 0;
 };
 
 // How to generate; see mythos_request.
@@ -74,11 +76,13 @@ struct Request {
   Ids stop_ids;
   bool ignore_eos = false;
   Ids n_loops;  // of each sequence; empty: the trained depth
+  std::vector<std::string> stop_texts;
 };
 
 // What was generated after each prompt. cancelled: a callback stopped it.
 struct Generated {
   std::vector<Ids> ids;
+  std::vector<std::string> texts;  // empty where the bundle's tokenizer cannot be used
   std::vector<mythos_finish> finish;
   mythos_stats stats{};
   bool cancelled = false;
@@ -140,6 +144,24 @@ class Session {
   int64_t batch_, vocab_size_;
 };
 
+// Text that grows token by token; made by Runner::text_stream, which must outlive it.
+class TextStream {
+ public:
+  // What a token adds: whole characters, "" while one is unfinished. last: nothing follows.
+  std::string add(int64_t id, bool last = false) {
+    const char* text = nullptr;
+    std::size_t size = 0;
+    detail::check(mythos_text_stream_add(stream_.get(), id, last ? 1 : 0, &text, &size));
+    return {text, size};
+  }
+
+ private:
+  friend class Runner;
+  explicit TextStream(mythos_text_stream* stream) : stream_(stream) {}
+
+  std::unique_ptr<mythos_text_stream, detail::Close> stream_;
+};
+
 // A loaded bundle.
 class Runner {
  public:
@@ -150,6 +172,7 @@ class Runner {
     plain.native = options.native;
     plain.operators_library = options.operators_library.empty() ? nullptr : options.operators_library.c_str();
     plain.memory_limit = options.memory_limit;
+    plain.prefill_chunk = options.prefill_chunk;
     mythos_runner* runner = nullptr;
     detail::check(mythos_runner_open(bundle.c_str(), &plain, &runner));
     runner_.reset(runner);
@@ -189,8 +212,13 @@ class Runner {
     plain.n_stop_ids = request.stop_ids.size();
     plain.ignore_eos = request.ignore_eos ? 1 : 0;
     plain.n_loops = request.n_loops.empty() ? nullptr : request.n_loops.data();
+    std::vector<const char*> stop_texts;
+    for (const auto& text : request.stop_texts) stop_texts.push_back(text.c_str());
+    plain.stop_texts = stop_texts.data();
+    plain.n_stop_texts = stop_texts.size();
     Listener listener{&tell, Generated{}, nullptr};
     listener.generated.ids.resize(prompts.size());
+    listener.generated.texts.resize(prompts.size());
     listener.generated.finish.resize(prompts.size());
     listener.generated.stats.size = sizeof(mythos_stats);
     const detail::Rows rows(prompts);
@@ -210,6 +238,28 @@ class Runner {
     return logprobs;
   }
 
+  Ids encode(const std::string& text) const {
+    Ids ids(text.size() + 1);  // no token is shorter than a byte, but a tokenizer may put a space in front
+    std::size_t n = 0;
+    detail::check(mythos_encode(runner_.get(), text.data(), text.size(), ids.data(), ids.size(), &n));
+    ids.resize(n);
+    return ids;
+  }
+
+  std::string decode(const Ids& ids) const {
+    std::size_t size = 0;
+    detail::check(mythos_decode(runner_.get(), ids.data(), ids.size(), nullptr, 0, &size));
+    std::string text(size, '\0');
+    detail::check(mythos_decode(runner_.get(), ids.data(), ids.size(), text.data(), text.size(), &size));
+    return text;
+  }
+
+  TextStream text_stream() const {
+    mythos_text_stream* stream = nullptr;
+    detail::check(mythos_text_stream_open(runner_.get(), &stream));
+    return TextStream(stream);
+  }
+
  private:
   struct Listener {
     const std::function<bool(const Token&)>* tell;
@@ -220,6 +270,7 @@ class Runner {
       auto& self = *static_cast<Listener*>(user);
       try {
         self.generated.ids[static_cast<std::size_t>(token->index)].push_back(token->id);
+        self.generated.texts[static_cast<std::size_t>(token->index)].append(token->text, token->text_size);
         return !*self.tell || (*self.tell)(*token) ? 0 : 1;
       } catch (...) {
         self.thrown = std::current_exception();
