@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.backend import Float32
-from runtimes.errors import InputError
+from runtimes.errors import BackendError, InputError
 
 _MASK = (1 << 64) - 1
 
@@ -82,7 +82,8 @@ class Sampling:
         return self.temperature == 0 and self.repetition_penalty == 1.0
 
     def choose(self, logits: Float32, seen: Sequence[int], random: SplitMix64) -> int:
-        """The next token's id from logits [V]; seen: prompt and generated ids so far."""
+        """The next token's id from logits [V]; seen: prompt and generated ids so far. Raises BackendError where one is drawn from
+        logits that are no numbers."""
         values: NDArray[Any] = logits
         if self.repetition_penalty != 1.0 and seen:
             values = logits.astype(np.float64)
@@ -91,8 +92,14 @@ class Sampling:
             values[ids] = np.where(picked > 0, picked / self.repetition_penalty, picked * self.repetition_penalty)
         if self.temperature == 0:
             return int(values.argmax())
-        with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -inf, as it should
-            ids, probabilities = self._candidates((values.astype(np.float64) - values.max()) / self.temperature)
+        with np.errstate(over="ignore", invalid="ignore"):  # a tiny temperature sends all but the largest to -inf
+            scaled = (values.astype(np.float64) - values.max()) / self.temperature
+        if not (scaled <= 0).all():
+            raise BackendError(
+                "the model's logits are no numbers, so none can be drawn; export the bundle again, and see what "
+                "`mythos-export verify` says of it"
+            )
+        ids, probabilities = self._candidates(scaled)
         cumulative = probabilities.cumsum()
         drawn = int(np.searchsorted(cumulative, random.uniform() * cumulative[-1], side="right"))
         return int(ids[min(drawn, len(ids) - 1)])

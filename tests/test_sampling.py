@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from runtimes.backend import Likeliest
-from runtimes.errors import InputError
+from runtimes.errors import BackendError, InputError
 from runtimes.generation import StreamedText
 from runtimes.onnxruntime_backend import OnnxRuntimeBackend
 from runtimes.sampling import Sampling, SplitMix64, log_softmax
@@ -173,6 +173,12 @@ def test_temperature_sharpens_towards_greedy():
 def test_a_tiny_temperature_is_as_good_as_greedy(temperature):
     for value in (0.0, 0.5, 1 - 2**-53):
         assert Sampling(temperature).choose(array(-30, 9, 30, 12), [], Drawn(value)) == 2
+
+
+@pytest.mark.parametrize("logits", [[1.0, math.nan], [-math.inf, -math.inf], [math.inf, 1.0]])
+def test_nothing_is_drawn_from_what_is_no_number(logits):
+    with pytest.raises(BackendError, match="the model's logits are no numbers, so none can be drawn; export the bundle"):
+        Sampling(temperature=1.0).choose(np.array(logits, np.float32), [], SplitMix64(0))
 
 
 def test_log_softmax_is_exact_for_large_logits():
