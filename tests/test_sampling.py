@@ -177,7 +177,9 @@ def test_a_tiny_temperature_is_as_good_as_greedy(temperature):
 
 @pytest.mark.parametrize("logits", [[1.0, math.nan], [-math.inf, -math.inf], [math.inf, 1.0]])
 def test_nothing_is_drawn_from_what_is_no_number(logits):
-    with pytest.raises(BackendError, match="the model's logits are no numbers, so none can be drawn; export the bundle"):
+    with pytest.raises(
+        BackendError, match="the model's logits are no numbers, so none can be drawn; export the bundle"
+    ):
         Sampling(temperature=1.0).choose(np.array(logits, np.float32), [], SplitMix64(0))
 
 
