@@ -151,6 +151,8 @@ def check_n_loops(graph: Graph, n_loops: int | Sequence[int] | None, batch: int)
     else:
         values = [default if n_loops is None else n_loops] * batch
     for value in values:
+        if graph.loops == 0 and value:
+            raise InputError(f"n_loops is {value}, but the model has no loop; leave it out")
         if graph.loops is not None and value != graph.loops:
             raise InputError(
                 f"n_loops is {value}, but the bundle was exported for exactly {graph.loops}; export it with --loops dynamic or "

@@ -657,7 +657,10 @@ def test_the_installed_command_prints_errors_with_exit_2(tmp_path):
         (["eval", "{bundle}", "--text", "none.txt"], "none.txt: no such text file"),
         (["eval", "{bundle}", "--text", "a.txt", "--against", "none"], "none: no such file or folder"),
         (["eval", "{bundle}", "--text", "a.txt", "--against", "{bundle}", "--loops", "13"], "n_loops is 13"),
-        (["inspect", "{shakespeare}"], "not a bundle, it holds no manifest.json"),
+        (["inspect", "."], "not a bundle, it holds no manifest.json"),
+        (["inspect"], "expected a BUNDLE or a SOURCE, or --families alone"),
+        (["inspect", "{bundle}", "--families"], "expected a BUNDLE or a SOURCE, or --families alone"),
+        (["inspect", "random:myth_1b", "--context", "200000"], "context is 200000; expected 1 to 131072"),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import threading
@@ -49,6 +50,25 @@ def test_tokens_are_pythons(both: tuple[CRunner, Runner]) -> None:
             assert stats.new_tokens == want.stats.new_tokens
             assert stats.prompt_tokens == want.stats.prompt_tokens
             assert stats.mean_exit_loop == pytest.approx(want.stats.mean_exit_loop)
+
+
+def test_a_model_without_a_loop_is_as_in_python(library: Library, tmp_path: Path) -> None:
+    from mythos_export.export import export_bundle
+
+    plain = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["MixtralForCausalLM"], **plain, **heads, **experts})
+    )
+    export_bundle(f"random:{tmp_path / 'config.json'}", tmp_path / "bundle")
+    in_c, in_python = library.open(tmp_path / "bundle", threads=1), load(tmp_path / "bundle", threads=1)
+    assert (in_c.info.loops, in_c.info.max_loops) == (0, 0)
+    prompts = [[5, 6, 7], [1]]
+    _, ids, _, _ = in_c.generate(prompts, max_new_tokens=40, ignore_eos=1)
+    assert ids == in_python.generate(prompts, 40, ignore_eos=True).complete().ids
+    with pytest.raises(CError, match="n_loops is 2, but the model has no loop; leave it out"):
+        in_c.session(1, [2])
 
 
 def test_sequences_end_as_in_python(both: tuple[CRunner, Runner]) -> None:

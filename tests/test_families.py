@@ -150,6 +150,14 @@ def test_engines_are_refused(tmp_path: Path) -> None:
         lower(tmp_path / "bundle", graph, "float32", form=MANY_TOKENS)
 
 
+def test_a_depth_is_refused(pair: tuple[Any, Path, Path]) -> None:
+    with (
+        load(pair[2]) as runner,
+        pytest.raises(InputError, match="n_loops is 2, but the model has no loop; leave it out"),
+    ):
+        runner.generate([[1]], 3, n_loops=2)
+
+
 def test_ends_of_text_come_with_the_checkpoint(tmp_path: Path) -> None:
     save("Llama", tmp_path, shard="1GB", eos_token_id=[5, 7])
     assert export_bundle(tmp_path, tmp_path / "bundle").eos_token_ids == (5, 7)

@@ -35,7 +35,7 @@ int main(int argc, char** argv) try {
   const int ticks = argc > 3 ? std::atoi(argv[3]) : 5;
   mythos::Runner runner(argv[1]);
   const auto info = runner.info();
-  if (info.loops) {
+  if (info.loops || !info.max_loops) {
     std::fprintf(stderr, "error: %s runs %lld loops, no fewer; export it with --loops dynamic\n", argv[1], static_cast<long long>(info.loops));
     return 2;
   }

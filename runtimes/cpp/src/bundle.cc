@@ -80,9 +80,10 @@ Graph graph_of(const json& object) {
   graph.dtype = one_of(object, "dtype", {"float32", "float16", "bfloat16"});
   graph.cache_dtype = one_of(object, "cache_dtype", {"float32", "float16", "bfloat16", "int8"});
   graph.weight_dtype = object.at("weight_dtype").get<std::string>();
-  graph.loops = object.at("loops").is_null() ? 0 : number(object, "loops", 1);
-  graph.max_loops = number(object, "max_loops", 1);
-  graph.default_loops = number(object, "default_loops", 1);
+  if (!object.at("loops").is_null()) graph.loops = number(object, "loops");
+  const int64_t least_loops = graph.loops == 0 ? 0 : 1;
+  graph.max_loops = number(object, "max_loops", least_loops);
+  graph.default_loops = number(object, "default_loops", least_loops);
   graph.prelude_slots = number(object, "prelude_slots");
   graph.loop_slots = number(object, "loop_slots");
   graph.coda_slots = number(object, "coda_slots");
@@ -153,7 +154,7 @@ void check_file(const fs::path& folder, const std::string& name, const FileEntry
 double Graph::most_cache_bytes() const {
   const auto real = [](int64_t value) { return static_cast<double>(value); };
   const double slots_most =
-      real(prelude_slots) + real(std::max({max_loops, default_loops, loops})) * real(loop_slots) + real(coda_slots);
+      real(prelude_slots) + real(std::max({max_loops, default_loops, loops.value_or(0)})) * real(loop_slots) + real(coda_slots);
   return slots_most * real(max_seq_len) * (real(cache_width) * sizeof(float) + sizeof(float));
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,7 @@ struct Graph {
   std::string file;
   std::vector<std::string> weights;
   std::string dtype, cache_dtype, weight_dtype;
-  int64_t loops;  // 0: an input
+  std::optional<int64_t> loops;  // none: an input; 0: the model has no loop
   int64_t max_loops, default_loops, prelude_slots, loop_slots, coda_slots, cache_width, vocab_size, max_seq_len;
 
   int64_t slots(int64_t n_loops) const { return prelude_slots + n_loops * loop_slots + coda_slots; }

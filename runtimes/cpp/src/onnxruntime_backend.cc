@@ -140,7 +140,7 @@ class OnnxRuntimeBackend : public Backend {
       const auto shape = info.GetTensorTypeAndShapeInfo().GetShape();
       if (info.GetTensorTypeAndShapeInfo().GetElementType() != element_type(graph_.cache_dtype)) contradiction("cache's dtype");
       if (shape.size() != 4 || shape[3] != graph_.cache_width) contradiction("cache_width");
-      if (graph_.loops && shape[0] != graph_.slots(graph_.loops)) contradiction("number of slots");
+      if (graph_.loops && shape[0] != graph_.slots(*graph_.loops)) contradiction("number of slots");
     }
     for (size_t i = 0; i < outputs_.size(); ++i) {
       if (std::string(session_.GetOutputNameAllocated(i, allocator).get()) != "logits") continue;

@@ -173,8 +173,8 @@ mythos_status mythos_runner_info(const mythos_runner* runner, mythos_info* info)
     need(runner, "runner");
     need(info, "info");
     const mythos::Graph& graph = runner->backend->graph();
-    const int64_t loops = graph.loops ? graph.loops : graph.default_loops;
-    hand_out(mythos_info{sizeof(mythos_info), graph.vocab_size, graph.max_seq_len, graph.loops, graph.max_loops, loops,
+    const int64_t loops = graph.loops.value_or(graph.default_loops);
+    hand_out(mythos_info{sizeof(mythos_info), graph.vocab_size, graph.max_seq_len, graph.loops.value_or(0), graph.max_loops, loops,
                          graph.slots(loops) * static_cast<int64_t>(graph.cache_row_size()), runner->weight_bytes,
                          runner->backend->native() ? 1 : 0, runner->backend->name(), runner->text.tokenizer ? 1 : 0},
              info, "info");

@@ -32,8 +32,9 @@ namespace {
 // Throws Error for a depth the graph cannot run.
 void check_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops) {
   for (const int64_t value : n_loops) {
-    if (graph.loops && value != graph.loops)
-      refuse("n_loops is " + number(value) + ", but the bundle was exported for exactly " + number(graph.loops) +
+    if (graph.loops == 0 && value) refuse("n_loops is " + number(value) + ", but the model has no loop; leave it out");
+    if (graph.loops && value != *graph.loops)
+      refuse("n_loops is " + number(value) + ", but the bundle was exported for exactly " + number(*graph.loops) +
              "; export it with --loops dynamic or --loops " + number(value));
     if (!graph.loops && (value < 1 || value > graph.max_loops))
       refuse("n_loops is " + number(value) + "; expected 1 to " + number(graph.max_loops) +
@@ -41,7 +42,7 @@ void check_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops) {
   }
 }
 
-int64_t trained_loops(const Graph& graph) { return graph.loops ? graph.loops : graph.default_loops; }
+int64_t trained_loops(const Graph& graph) { return graph.loops.value_or(graph.default_loops); }
 
 // Cache slots of sequences of these depths, or of the trained one.
 int64_t checked_slots(const Graph& graph, int64_t batch, const std::vector<int64_t>& n_loops) {

@@ -71,7 +71,7 @@ typedef struct mythos_info {
   int64_t vocab_size;    /* V */
   int64_t max_seq_len;   /* most tokens of a sequence */
   int64_t loops;         /* the fixed loop count, 0 where sessions choose */
-  int64_t max_loops;     /* deepest they may choose */
+  int64_t max_loops;     /* deepest they may choose; 0 where the model has no loop */
   int64_t default_loops; /* the trained depth */
   int64_t cache_bytes_per_token; /* of a sequence at default_loops */
   uint64_t weight_bytes; /* of the files that weights lie in */
