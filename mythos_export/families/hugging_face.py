@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mythos_export.config import ConfigError, FeedForwardConfig, GroupedQueryAttentionConfig, LayerConfig, ModelConfig
 from mythos_export.families import rope
-from mythos_export.families.family import Get, Pack
+from mythos_export.families.family import Family, Get, Pack
 
 
 class _Defaults(NamedTuple):
@@ -191,16 +191,21 @@ def zeros(*shape: int) -> Pack:
     return lambda: iter([torch.zeros(*shape)])
 
 
-def ignored(name: str) -> bool:
+def family(**own: Any) -> Family:
+    """A family of such checkpoints: what is its own, and what they have in common."""
+    return Family(ignored=_ignored, tied=_tied, random_moments=_random_moments, **own)
+
+
+def _ignored(name: str) -> bool:
     """RoPE's frequencies, which older checkpoints store."""
     return name.endswith("rotary_emb.inv_freq")
 
 
-def tied(settings: Settings) -> tuple[str, str] | None:
+def _tied(settings: Settings) -> tuple[str, str] | None:
     """Head and embedding."""
     return (HEAD, EMBEDDING) if settings.tie_word_embeddings else None
 
 
-def random_moments(name: str) -> tuple[float, float]:
+def _random_moments(name: str) -> tuple[float, float]:
     """Norms are 1, matrices as these models begin their training."""
     return (1.0, 0.0) if name.endswith("norm.weight") else (0.0, 0.02)

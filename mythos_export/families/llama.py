@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mythos_export.config import DenseConfig, ModelConfig
 from mythos_export.families import hugging_face
-from mythos_export.families.family import Family, Get, Pack
+from mythos_export.families.family import Get, Pack
 from mythos_export.families.hugging_face import Settings
 
 
@@ -31,15 +31,12 @@ def pack(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
     return packs
 
 
-FAMILY = Family(
+FAMILY = hugging_face.family(
     name="llama",
     architectures=("LlamaForCausalLM", "MistralForCausalLM"),
     settings=Settings,
     model_config=model_config,
     tensor_shapes=tensor_shapes,
     pack=pack,
-    ignored=hugging_face.ignored,
-    tied=hugging_face.tied,
     variants={},
-    random_moments=hugging_face.random_moments,
 )

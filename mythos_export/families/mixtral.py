@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mythos_export.config import MixtureOfExpertsConfig, ModelConfig
 from mythos_export.families import hugging_face
-from mythos_export.families.family import Family, Get, Pack
+from mythos_export.families.family import Get, Pack
 
 _ARCHITECTURES = ("MixtralForCausalLM",)
 
@@ -97,15 +97,12 @@ def _pack_experts(settings: Settings, get: Get, theirs: str, ours: str) -> dict[
     }
 
 
-FAMILY = Family(
+FAMILY = hugging_face.family(
     name="mixtral",
     architectures=_ARCHITECTURES,
     settings=Settings,
     model_config=model_config,
     tensor_shapes=tensor_shapes,
     pack=pack,
-    ignored=hugging_face.ignored,
-    tied=hugging_face.tied,
     variants=VARIANTS,
-    random_moments=hugging_face.random_moments,
 )
