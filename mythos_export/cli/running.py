@@ -101,9 +101,12 @@ def _stream(generation: Any, quiet: bool, with_text: bool) -> None:
     print()
     stats = generation.stats
     if not quiet:
+        exit_loop = (
+            f", mean exit loop {stats.mean_exit_loop:.2f}" if stats.mean_exit_loop else ""
+        )  # 0: there is no loop
         print(
             f"[{stats.prompt_tokens} prompt tokens at {stats.prefill_tokens_per_second:.1f}/s, {stats.new_tokens} new at "
-            f"{stats.decode_tokens_per_second:.1f}/s, mean exit loop {stats.mean_exit_loop:.2f}]",
+            f"{stats.decode_tokens_per_second:.1f}/s{exit_loop}]",
             file=sys.stderr,
         )
 
