@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <set>
 #include <string>
 
@@ -20,6 +19,17 @@ uint64_t SplitMix64::next() {
 double SplitMix64::uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
 
 namespace {
+
+// Sum of term(0) to term(n - 1), in four sums at once: one would wait for each addition.
+template <typename Term>
+double sum(size_t n, Term term) {
+  double parts[4] = {0, 0, 0, 0};
+  size_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (size_t lane = 0; lane < 4; ++lane) parts[lane] += term(i + lane);
+  for (; i < n; ++i) parts[0] += term(i);
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
 
 // Ids by falling value, ties by rising id, sorted only as far as they are asked for: a draw seldom looks at many.
 class Ranking {
@@ -52,16 +62,14 @@ class Ranking {
 
 // Draws from what top_k, top_p and min_p leave. scaled: its largest is 0.
 int64_t drawn(const std::vector<double>& scaled, const Sampling& sampling, double uniform) {
-  Ranking ranking(scaled);
   size_t n = sampling.top_k ? std::min<size_t>(sampling.top_k, scaled.size()) : scaled.size();
   std::vector<double> likelihoods(scaled.size());
-  std::transform(scaled.begin(), scaled.end(), likelihoods.begin(), [](double value) { return std::exp(value); });
+  double total = sum(scaled.size(), [&](size_t id) { return likelihoods[id] = std::exp(scaled[id]); });
+  if (!std::isfinite(total))
+    failed("the model's logits are no numbers, so none can be drawn; export the bundle again, and see what `mythos-export verify` says of it");
+  Ranking ranking(scaled);
   const auto likelihood = [&](size_t rank) { return likelihoods[ranking[rank]]; };
-  double total = 0;
-  if (n < scaled.size())
-    for (size_t rank = 0; rank < n; ++rank) total += likelihood(rank);
-  else
-    total = std::accumulate(likelihoods.begin(), likelihoods.end(), 0.0);
+  if (n < scaled.size()) total = sum(n, likelihood);
   if (sampling.top_p < 1 || sampling.min_p > 0) {
     double kept = 0;
     size_t rank = 0;
@@ -108,16 +116,12 @@ int64_t Sampling::choose(const float* logits, int64_t n, const std::vector<int64
   if (temperature == 0) return largest - values.begin();
   const double top = *largest;
   for (double& value : values) value = (value - top) / temperature;
-  const bool numbers = std::all_of(values.begin(), values.end(), [](double value) { return value <= 0; });
-  if (!numbers) failed("the model's logits are no numbers, so none can be drawn; export the bundle again, and see what `mythos-export verify` says of it");
   return drawn(values, *this, random.uniform());
 }
 
 double log_probability(const float* logits, int64_t n, int64_t token) {
   const double largest = *std::max_element(logits, logits + n);
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += std::exp(logits[i] - largest);
-  return logits[token] - largest - std::log(total);
+  return logits[token] - largest - std::log(sum(static_cast<size_t>(n), [&](size_t id) { return std::exp(logits[id] - largest); }));
 }
 
 }  // namespace mythos
