@@ -67,7 +67,8 @@ cpp-aarch64: toolchains native
 cpp_build = $(BIN)/cmake -S runtimes/cpp --preset $(1) -B $(CPP)/$(1) -DPYTHON=$(CURDIR)/$(BIN)/python >/dev/null \
 	&& $(BIN)/cmake --build $(CPP)/$(1) --parallel 2 >/dev/null
 
-# Compilers and libraries for the tests of C++, the cross compiler for aarch64 and qemu-user, for `test`; says why where they cannot be installed.
+# Compilers and libraries for the tests of C++, the cross compiler for aarch64 and qemu-user, for `test`; says why where they cannot be
+# installed.
 toolchains:
 	@tests/native/toolchains.sh
 

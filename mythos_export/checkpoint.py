@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -41,8 +41,8 @@ class Checkpoint:
     """A checkpoint: what it describes, and its tensors by name, read when asked for.
 
     settings: the family's own config. config: ours. get: a tensor by the family's name, in its stored dtype, mapped from
-    the file. source: where it came from. tokenizer: a tokenizer.json found beside it, if any. eos_token_ids: what ends a text, as
-    generation_config.json or config.json says.
+    the file. source: where it came from. tokenizer: a tokenizer.json found beside it, if any. family: what maps settings and names
+    onto ours. eos_token_ids: what ends a text, as generation_config.json or config.json says.
     """
 
     settings: Any
@@ -157,17 +157,17 @@ def _read_safetensors(path: Path) -> Checkpoint:
     family = _family(fields, str(config_path))
     tensors = open_tensors(path)
     source = Source(kind="safetensors", name=path.name, sha256=hash_of(path))
-    checkpoint = _checkpoint(path, family, fields, dict(tensors), source)
-    return replace(checkpoint, eos_token_ids=_ends(path.parent, fields) if family.architectures else ())
+    ends = _ends(path.parent, fields) if family.architectures else ()
+    return _checkpoint(path, family, fields, dict(tensors), source, ends)
 
 
 def _family(fields: dict[str, Any], where: str) -> Family:
-    """By the architecture that config.json names; one that names none is open-mythos's."""
+    """By the architecture that config.json names first; one that names none is open-mythos's."""
     named = fields.get("architectures")
     if not named:
         return open_mythos.FAMILY
     for family in FAMILIES:
-        if isinstance(named, list) and set(named) & set(family.architectures):
+        if isinstance(named, list) and named[0] in family.architectures:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise CheckpointError(f"{where}: architectures is {named}; expected one of {known}, or the fields of MythosConfig")
@@ -184,7 +184,14 @@ def _ends(folder: Path, fields: dict[str, Any]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _checkpoint(path: Path, family: Family, fields: dict[str, Any], raw: dict[str, Any], source: Source) -> Checkpoint:
+def _checkpoint(
+    path: Path,
+    family: Family,
+    fields: dict[str, Any],
+    raw: dict[str, Any],
+    source: Source,
+    eos_token_ids: tuple[int, ...] = (),
+) -> Checkpoint:
     """Checks config and tensors against each other: every missing, extra or misshapen tensor in one error."""
     settings = _settings(family, fields, str(path))
     config = _config(family, settings, str(path))
@@ -231,7 +238,7 @@ def _checkpoint(path: Path, family: Family, fields: dict[str, Any], raw: dict[st
                 f"{path}: {head} differs from {embed}, but the model ties them; the checkpoint is inconsistent"
             )
     tokenizer = path.with_name("tokenizer.json")
-    return Checkpoint(settings, config, get, source, tokenizer if tokenizer.is_file() else None, family)
+    return Checkpoint(settings, config, get, source, tokenizer if tokenizer.is_file() else None, family, eos_token_ids)
 
 
 def _random(text: str) -> Checkpoint:

@@ -132,7 +132,7 @@ class _Cut:
     def _plain(self, number: int) -> ir.Model:
         """The part between two mixtures."""
         before = [value for value in self._crossing if self._part_of[_producer(value)] < number]
-        mixed = [call.mixed for call in self._calls[:number]][-1:]
+        mixed = [call.mixed for call in self._calls[max(number - 1, 0) : number]]
         made = [value for value in self._crossing if self._part_of[_producer(value)] == number]
         given = [value for call in self._calls[number : number + 1] for value in call.given]
         results = [value for value in self._graph.outputs if self._part_of[_producer(value)] == number]

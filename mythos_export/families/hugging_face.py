@@ -23,13 +23,13 @@ class _Defaults(NamedTuple):
     num_key_value_heads: int | None = None  # the query heads'
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
+    windowed: bool = False  # attention has a window unless config.json says that it has none
 
 
 _DEFAULTS = {
-    "MistralForCausalLM": _Defaults(num_key_value_heads=8),
+    "MistralForCausalLM": _Defaults(num_key_value_heads=8, windowed=True),
     "MixtralForCausalLM": _Defaults(num_key_value_heads=8, rope_theta=1_000_000.0, rms_norm_eps=1e-5),
 }
-_WINDOWED = ("MistralForCausalLM",)  # with a window where config.json does not say that there is none
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ACTIVATIONS = ("silu", "swish")
 
@@ -67,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 "quantization_config: the checkpoint is quantized already; export the float one and use `mythos-export quantize`"
             )
-        if self.sliding_window is msgspec.UNSET and set(self.architectures) & set(_WINDOWED):
+        if self.sliding_window is msgspec.UNSET and self._defaults.windowed:
             raise ConfigError("sliding_window is missing; expected a number of tokens, or null for none")
         if self.num_attention_heads < 1:
             raise ConfigError(f"num_attention_heads is {self.num_attention_heads}; expected at least 1")
