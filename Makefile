@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv native cpp cpp-asan cpp-tsan cpp-fuzz cpp-aarch64 toolchains demo test lint clean
+.PHONY: venv native cuda cpp cpp-asan cpp-tsan cpp-fuzz cpp-aarch64 toolchains demo test lint clean
 
 venv: .venv/installed
 
@@ -25,9 +25,18 @@ native: venv
 	@rm -f $(NATIVE)/not_built
 	@$(BIN)/cmake -S runtimes/native -B $(NATIVE) -DCMAKE_INSTALL_PREFIX=$(CURDIR)/runtimes/native/lib >/dev/null \
 		|| test -f $(NATIVE)/not_built
-	@if test -f $(NATIVE)/not_built; then rm -rf runtimes/native/lib; \
+	@if test -f $(NATIVE)/not_built; then rm -f runtimes/native/lib/libmythos_ops.so; \
 		else $(BIN)/cmake --build $(NATIVE) --target install --parallel 2 >/dev/null \
 		&& echo "native operators built: runtimes/native/lib/libmythos_ops.so"; fi
+
+# The CUDA kernels. For one GPU alone, in a fraction of the time: make cuda CUDA_ARCHITECTURES=87
+CUDA_ARCHITECTURES :=
+cuda: venv
+	@command -v nvcc >/dev/null || { echo "nvcc is missing; install the CUDA toolkit and put its bin folder on the PATH"; exit 1; }
+	@$(BIN)/cmake -S runtimes/native/cuda -B $(NATIVE)-cuda -DCMAKE_INSTALL_PREFIX=$(CURDIR)/runtimes/native/lib \
+		$(if $(CUDA_ARCHITECTURES),-DMYTHOS_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)",-UMYTHOS_CUDA_ARCHITECTURES) >/dev/null
+	@$(BIN)/cmake --build $(NATIVE)-cuda --target install --parallel 2 >/dev/null \
+		&& echo "CUDA kernels built: runtimes/native/lib/libmythos_cuda.so"
 
 # The Runner in C and C++: an SDK in runtimes/cpp/sdk, and its tests.
 cpp: toolchains native
