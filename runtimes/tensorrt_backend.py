@@ -20,7 +20,8 @@ from runtimes.device_memory import CacheLayout, DeviceMemory, plan_memory
 from runtimes.device_sequences import DeviceSequences
 from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import STORAGE, convert
-from runtimes.engines import Engine, Plan, Profile, check_source, read_plan
+from runtimes.engine_folder import check_source, read_plan
+from runtimes.engines import Engine, Plan, Profile
 from runtimes.errors import BundleError, InputError
 from runtimes.tensorrt_api import TensorRT
 from runtimes.tensorrt_stages import StepShape

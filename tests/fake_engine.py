@@ -11,17 +11,8 @@ import msgspec
 from fake_tensorrt import make_plan
 
 from runtimes.bundle import open_bundle
-from runtimes.engines import (
-    FORMAT_VERSION,
-    Engine,
-    EngineWriter,
-    Passed,
-    Plan,
-    Profile,
-    Range,
-    Weight,
-    engine_key,
-)
+from runtimes.engine_folder import EngineWriter
+from runtimes.engines import FORMAT_VERSION, Engine, Passed, Plan, Profile, Range, Weight, engine_key
 from runtimes.folder_writer import FileEntry
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from mythos_export.build.check import Agreement
 from mythos_export.build.engine import build_engine
 from mythos_export.build.options import Limits, Options
 from runtimes.cuda import OutOfDeviceMemory
-from runtimes.engines import list_engines
+from runtimes.engine_folder import list_engines
 from runtimes.errors import BackendError
 
 Verdict = Callable[[], Agreement]

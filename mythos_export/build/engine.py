@@ -29,19 +29,8 @@ from runtimes.bundle import Graph, Manifest, open_bundle
 from runtimes.cuda import OutOfDeviceMemory
 from runtimes.device_memory import BUCKET
 from runtimes.dtypes import STORAGE
-from runtimes.engines import (
-    FOLDER,
-    FORMAT_VERSION,
-    PASSED,
-    Engine,
-    EngineWriter,
-    Passed,
-    Plan,
-    Profile,
-    Range,
-    Weight,
-    engine_key,
-)
+from runtimes.engine_folder import FOLDER, EngineWriter
+from runtimes.engines import FORMAT_VERSION, PASSED, Engine, Passed, Plan, Profile, Range, Weight, engine_key
 from runtimes.errors import BackendError, InputError
 from runtimes.tensorrt_api import TensorRT
 
