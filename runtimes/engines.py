@@ -16,7 +16,10 @@ Each attention layer of a stage, counted from 0, reads a cache past_kv.N [B, C, 
 read under a mask: rows at or past past_len change nothing, but must be finite numbers. Where a stage is several plans, its parts,
 each has those of these inputs and outputs that it needs, and hands tensors PASSED on to parts after it.
 
-Shape letters: B batch, S new tokens, D dim, C capacity of the cache, W its width, k logit positions.
+Experts that no plan computes are calls of the CUDA kernels, which take their place among the parts (see ExpertsCall).
+
+Shape letters: B batch, S new tokens, T tokens (B × S), D dim, C capacity of the cache, W its width, k logit positions, K top_k,
+E routed and s shared experts, F expert_dim.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # What a loop is given and hands on: the state, the result so far, halting probability so far, loops run while not halted.
 STATE = ("h", "result", "halted_mass", "exit_loop")
 STAGES = ("prelude", "loop", "coda")  # in the order they run
@@ -123,8 +126,61 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_bytes: NotNegative
 
 
+class ExpertsCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a stage that is no plan: the experts of a mixture, which the CUDA kernels compute (runtimes.cuda_kernels).
+
+    stage, part, form: as of a Plan. normed, chosen, weight: tensors that earlier parts hand on, [T, D] float32, [T, K] int32 and
+    [T, K] float32; mixed: the one this call hands on, [T, D] float32. gate_up_routed [E, 2F, D], down_routed [E, D, F],
+    gate_up_shared [s, 2F, D], down_shared [s, D, F]: names of the weights, the last two None without shared experts. dtype: of
+    those. dim, expert_dim, top_k, routed, shared: D, F, K, E, s.
+    """
+
+    stage: Literal["prelude", "loop", "coda"]
+    part: NotNegative
+    form: Literal["few_tokens", "many_tokens"]
+    normed: str
+    chosen: str
+    weight: str
+    mixed: str
+    gate_up_routed: str
+    down_routed: str
+    gate_up_shared: str | None
+    down_shared: str | None
+    dtype: Dtype
+    dim: Positive
+    expert_dim: Positive
+    top_k: Positive
+    routed: Positive
+    shared: NotNegative
+
+    @property
+    def given(self) -> tuple[Passed, ...]:
+        """What earlier parts hand on to it."""
+        return (
+            Passed(self.normed, False, ("tokens", self.dim)),
+            Passed(self.chosen, True, ("tokens", self.top_k)),
+            Passed(self.weight, False, ("tokens", self.top_k)),
+        )
+
+    @property
+    def passes(self) -> tuple[Passed, ...]:
+        """What it hands on."""
+        return (Passed(self.mixed, False, ("tokens", self.dim)),)
+
+    @property
+    def stacks(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the weights it reads."""
+        stacks = [
+            (self.gate_up_routed, (self.routed, 2 * self.expert_dim, self.dim)),
+            (self.down_routed, (self.routed, self.dim, self.expert_dim)),
+            (self.gate_up_shared, (self.shared, 2 * self.expert_dim, self.dim)),
+            (self.down_shared, (self.shared, self.dim, self.expert_dim)),
+        ]
+        return [(name, shape) for name, shape in stacks if name is not None]
+
+
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """engine.json: plans of one bundle for one TensorRT version and GPU.
+    """engine.json: plans of one bundle for one TensorRT version and GPU, and calls of the CUDA kernels between them.
 
     backend, version: the library ("tensorrt" or "tensorrt-rtx") and its version (major.minor.patch). device: the GPU's name, ""
     where it was built without one. compute_capabilities: like "9.0". graph_file, graph_sha256, weights_sha256: what of the bundle
@@ -150,13 +206,18 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dim: Positive
     weights: tuple[Weight, ...]
     plans: tuple[Plan, ...]
+    experts: tuple[ExpertsCall, ...]
     build_seconds: float
 
-    def parts(self, form: str, stage: str) -> list[Plan]:
-        """The plans of a stage, in the order they run."""
-        return sorted(
-            (plan for plan in self.plans if (plan.form, plan.stage) == (form, stage)), key=lambda plan: plan.part
-        )
+    def of_form(self, form: str) -> list[Plan | ExpertsCall]:
+        """Plans and calls of a form, in the order they run."""
+        every: tuple[Plan | ExpertsCall, ...] = (*self.plans, *self.experts)
+        parts = [part for part in every if part.form == form]
+        return sorted(parts, key=lambda part: (STAGES.index(part.stage), part.part))
+
+    def parts(self, form: str, stage: str) -> list[Plan | ExpertsCall]:
+        """Plans and calls of a stage, in the order they run."""
+        return [part for part in self.of_form(form) if part.stage == stage]
 
 
 def engine_key(backend: str, version: str, compute_capabilities: tuple[str, ...], device: str, dtype: str) -> str:
@@ -180,10 +241,16 @@ def contradiction(engine: Engine) -> str | None:
         ("many_tokens" in {form for form, _, _ in forms}, "it has no plans for many tokens"),
         (len(forms) == len({form for form, _, _ in forms}), "plans of one form with different limits"),
         (
-            all(plans and [plan.part for plan in plans] == [*range(len(plans))] for *_, plans in parts),
+            all(found and [part.part for part in found] == [*range(len(found))] for *_, found in parts),
             "its plans' stages",
         ),
-        (all(_passes_plainly(plans) for *_, plans in parts), "what its plans hand on"),
+        ({call.form for call in engine.experts} <= {form for form, _, _ in forms}, "experts of a form without plans"),
+        (all(_passes_plainly(found) for *_, found in parts), "what its plans hand on"),
+        (
+            all(_is_given(call, engine) for call in engine.experts),
+            "experts that are given what no part before hands on",
+        ),
+        (all(_has_weights(call, engine) for call in engine.experts), "experts whose weights are not as they say"),
         (all(plan.profiles for plan in engine.plans), "a plan without profiles"),
         (all(part.min <= part.opt <= part.max for part in ranges), "a range that is none"),
         (len({weight.name for weight in engine.weights}) == len(engine.weights), "a weight named twice"),
@@ -193,10 +260,37 @@ def contradiction(engine: Engine) -> str | None:
     return next((what for ok, what in facts if not ok), None)
 
 
-def _passes_plainly(plans: list[Plan]) -> bool:
-    """Whether every tensor that plans hand on has a name of its own."""
-    names = [passed.name for plan in plans for passed in plan.passes]
+def _passes_plainly(parts: list[Plan | ExpertsCall]) -> bool:
+    """Whether every tensor that parts hand on has a name of its own."""
+    names = [passed.name for part in parts for passed in part.passes]
     return len({*names}) == len(names) and all(name.startswith(PASSED) for name in names)
+
+
+def _is_given(call: ExpertsCall, engine: Engine) -> bool:
+    """Whether earlier parts of its stage hand on what a call reads; the kernels read integers of 32 bits."""
+    made = {passed.name: passed for part in engine.parts(call.form, call.stage)[: call.part] for passed in part.passes}
+    ranges = [profile.tokens for plan in engine.plans if plan.form == call.form for profile in plan.profiles]
+    sizes = {size for part in ranges for size in (part.min, part.max)}
+    rows = {
+        ("tokens",),
+        *([(size,) for size in sizes] if len(sizes) == 1 else []),
+    }  # a size that never changes is a number
+
+    def is_made(wanted: Passed) -> bool:
+        found = made.get(wanted.name)
+        if found is None or found.integer != wanted.integer:
+            return False
+        return found.shape[:1] in rows and found.shape[1:] == wanted.shape[1:]
+
+    return engine.integers == "int32" and all(map(is_made, call.given))
+
+
+def _has_weights(call: ExpertsCall, engine: Engine) -> bool:
+    """Whether the stacks a call reads are weights of its dtype, in the shapes that its sizes give."""
+    weights = {weight.name: (weight.shape, weight.dtype) for weight in engine.weights}
+    has_shared = {call.gate_up_shared is not None, call.down_shared is not None, call.shared > 0}
+    stored = all(weights.get(name) == (shape, call.dtype) for name, shape in call.stacks)
+    return stored and len(has_shared) == 1 and call.top_k <= call.routed
 
 
 def _fits_shape(weight: Weight) -> bool:

@@ -63,7 +63,7 @@ def test_an_engine_that_agrees_is_kept(own_bundle: Path, ways: list[int], monkey
     assert timing.read_bytes() == b"t" * 6
     judge(monkeypatch, agrees)
     build_engine(own_bundle, dtype="float16")
-    assert timing.read_bytes() == b"t" * 16  # float16 experts are plans of their own
+    assert timing.read_bytes() == b"t" * 14  # the loop is cut in two where the CUDA kernels compute its experts
 
 
 def test_an_engine_that_differs_is_built_the_other_way(
