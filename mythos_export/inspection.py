@@ -13,7 +13,7 @@ from mythos_export.bench import cpu_name
 from mythos_export.config import ModelConfig
 from runtimes import cuda, native_operators, tensorrt_api
 from runtimes.bundle import open_bundle
-from runtimes.engines import engine_summaries
+from runtimes.engine_folder import engine_summaries
 from runtimes.errors import BackendError
 
 

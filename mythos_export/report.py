@@ -85,7 +85,8 @@ def _where(environment: dict[str, Any]) -> str:
 def _memory(report: Report) -> str:
     planned = report.environment["device_memory"]
     if planned is not None:
-        parts = ", ".join(f"{name} {size(planned[name])}" for name in ("weights", "activations", "cache", "staging"))
+        names = ("weights", "activations", "workspace", "cache", "staging")
+        parts = ", ".join(f"{name} {size(planned[name])}" for name in names if planned[name])
         return f"device memory {size(planned['needed'])}: {parts}"
     return (
         f"peak memory {size(report.peak_memory_bytes)}, of it weights {size(report.weights_bytes)}, "

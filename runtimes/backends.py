@@ -8,7 +8,8 @@ from pathlib import Path
 from runtimes import cuda, tensorrt_api
 from runtimes.backend import Backend, say_once
 from runtimes.bundle import Manifest
-from runtimes.engines import FOLDER, Engine, fits, list_engines
+from runtimes.engine_folder import FOLDER, list_engines
+from runtimes.engines import Engine, fits
 from runtimes.errors import BackendError, BundleError, InputError, MythosError
 from runtimes.tensorrt_backend import DeviceRequest, TensorRTBackend
 

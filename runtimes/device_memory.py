@@ -18,12 +18,16 @@ from runtimes.step_tensors import passed_tensors, side_by_side, state_tensors
 BUCKET = 256  # rows by which a cache grows: attention reads all of them, a graph is captured anew at each
 
 
+_PARTS = ("weights", "plans", "activations", "workspace", "cache", "staging")
+
+
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes of device memory for batch sequences of context tokens, and what was free before.
 
     weights: uploaded once; plans: what TensorRT keeps of them, quantized matrices included (the files' sizes); activations: shared
-    by all contexts; cache: at its full length; staging: a step's inputs, outputs and new cache rows.
+    by all contexts; workspace: of the CUDA kernels, shared by all calls; cache: at its full length; staging: a step's inputs,
+    outputs and new cache rows.
     """
 
     batch: int
@@ -31,6 +35,7 @@ class DeviceMemory:
     weights: int
     plans: int
     activations: int
+    workspace: int
     cache: int
     staging: int
     free: int
@@ -38,17 +43,14 @@ class DeviceMemory:
     @property
     def needed(self) -> int:
         """Of all together."""
-        return self.weights + self.plans + self.activations + self.cache + self.staging
+        return sum(getattr(self, name) for name in _PARTS)
 
     def to_dict(self) -> dict[str, int]:
         """For --json."""
         return {**asdict(self), "needed": self.needed}
 
     def __str__(self) -> str:
-        parts = ", ".join(
-            f"{name} {cuda.megabytes(getattr(self, name))}"
-            for name in ("weights", "plans", "activations", "cache", "staging")
-        )
+        parts = ", ".join(f"{name} {cuda.megabytes(getattr(self, name))}" for name in _PARTS if getattr(self, name))
         return f"{cuda.megabytes(self.needed)} of device memory for {self.batch} × {self.context} tokens ({parts})"
 
     def check(self) -> None:
@@ -88,9 +90,11 @@ class CacheLayout:
         return slots * batch * capacity * self.row_bytes
 
 
-def plan_memory(engine: Engine, graph: Graph, batch: int, context: int, longest_step: int, free: int) -> DeviceMemory:
+def plan_memory(
+    engine: Engine, graph: Graph, batch: int, context: int, longest_step: int, workspace: int, free: int
+) -> DeviceMemory:
     """What an engine of a graph needs for batch sequences of context tokens at the trained depth. longest_step: S of a prefill
-    step; free: bytes free now."""
+    step; workspace: bytes that the CUDA kernels need; free: bytes free now."""
     layout = CacheLayout.of(engine, graph)
     slots = graph.slots(graph.loops or graph.default_loops)
     rows = min(longest_step, context)
@@ -98,9 +102,9 @@ def plan_memory(engine: Engine, graph: Graph, batch: int, context: int, longest_
     inputs_and_outputs = 4 * batch * graph.vocab_size + 64 * batch * rows
     state = max(
         side_by_side(
-            [*state_tensors(batch, rows, engine.dim, integers), *passed_tensors(plans, batch, rows, integers)]
+            [*state_tensors(batch, rows, engine.dim, integers), *passed_tensors(parts, batch, rows, integers)]
         )[1]
-        for plans in ([plan for plan in engine.plans if plan.form == form] for form in FORMS)
+        for parts in map(engine.of_form, FORMS)
     )
     return DeviceMemory(
         batch,
@@ -108,6 +112,7 @@ def plan_memory(engine: Engine, graph: Graph, batch: int, context: int, longest_
         sum(cuda.aligned(weight.device_bytes) for weight in engine.weights),
         sum(plan.size for plan in engine.plans),
         max(plan.activation_bytes for plan in engine.plans),
+        workspace,
         layout.bytes(slots, batch, layout.capacity(context)),
         slots * cuda.aligned(layout.bytes(1, batch, rows)) + inputs_and_outputs + state,
         free,

@@ -1,4 +1,4 @@
-"""Engines of a bundle: what TensorRT made of its graph for one version and one GPU. Schema, checks, atomic writing.
+"""Engines of a bundle: what TensorRT made of its graph for one version and one GPU. The schema of their metadata.
 
 They stand in engines/<key>/ beside the bundle's files and are not in its manifest: an engine belongs to a machine, the bundle does
 not. engine.json names the graph and the weights an engine was made from, by sha256, and the sha256 of every plan: no byte of a plan
@@ -16,24 +16,20 @@ Each attention layer of a stage, counted from 0, reads a cache past_kv.N [B, C, 
 read under a mask: rows at or past past_len change nothing, but must be finite numbers. Where a stage is several plans, its parts,
 each has those of these inputs and outputs that it needs, and hands tensors PASSED on to parts after it.
 
-Shape letters: B batch, S new tokens, D dim, C capacity of the cache, W its width, k logit positions.
+Experts that no plan computes are calls of the CUDA kernels, which take their place among the parts (see ExpertsCall).
+
+Shape letters: B batch, S new tokens, T tokens (B × S), D dim, C capacity of the cache, W its width, k logit positions, K top_k,
+E routed and s shared experts, F expert_dim.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from runtimes import tensorrt_api
-from runtimes.bundle import Manifest
-from runtimes.errors import BundleError
-from runtimes.folder_writer import FolderWriter
-
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # What a loop is given and hands on: the state, the result so far, halting probability so far, loops run while not halted.
 STATE = ("h", "result", "halted_mass", "exit_loop")
 STAGES = ("prelude", "loop", "coda")  # in the order they run
@@ -41,11 +37,7 @@ FORMS = ("few_tokens", "many_tokens")  # see Plan
 NEXT = "next_"  # before each of STATE, as a loop returns it
 PAST_KV, NEW_KV = "past_kv.", "new_kv."  # before the number, within a stage, of an attention layer
 PASSED = "passed."  # before the number, within a stage, of a tensor that parts hand on
-FOLDER = "engines"  # of a bundle
-METADATA = "engine.json"
-_METADATA_LIMIT = 64 * 2**20  # bytes; engine.json is some 100 KB
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,200}")
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -134,8 +126,61 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_bytes: NotNegative
 
 
+class ExpertsCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a stage that is no plan: the experts of a mixture, which the CUDA kernels compute (runtimes.cuda_kernels).
+
+    stage, part, form: as of a Plan. normed, chosen, weight: tensors that earlier parts hand on, [T, D] float32, [T, K] int32 and
+    [T, K] float32; mixed: the one this call hands on, [T, D] float32. gate_up_routed [E, 2F, D], down_routed [E, D, F],
+    gate_up_shared [s, 2F, D], down_shared [s, D, F]: names of the weights, the last two None without shared experts. dtype: of
+    those. dim, expert_dim, top_k, routed, shared: D, F, K, E, s.
+    """
+
+    stage: Literal["prelude", "loop", "coda"]
+    part: NotNegative
+    form: Literal["few_tokens", "many_tokens"]
+    normed: str
+    chosen: str
+    weight: str
+    mixed: str
+    gate_up_routed: str
+    down_routed: str
+    gate_up_shared: str | None
+    down_shared: str | None
+    dtype: Dtype
+    dim: Positive
+    expert_dim: Positive
+    top_k: Positive
+    routed: Positive
+    shared: NotNegative
+
+    @property
+    def given(self) -> tuple[Passed, ...]:
+        """What earlier parts hand on to it."""
+        return (
+            Passed(self.normed, False, ("tokens", self.dim)),
+            Passed(self.chosen, True, ("tokens", self.top_k)),
+            Passed(self.weight, False, ("tokens", self.top_k)),
+        )
+
+    @property
+    def passes(self) -> tuple[Passed, ...]:
+        """What it hands on."""
+        return (Passed(self.mixed, False, ("tokens", self.dim)),)
+
+    @property
+    def stacks(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the weights it reads."""
+        stacks = [
+            (self.gate_up_routed, (self.routed, 2 * self.expert_dim, self.dim)),
+            (self.down_routed, (self.routed, self.dim, self.expert_dim)),
+            (self.gate_up_shared, (self.shared, 2 * self.expert_dim, self.dim)),
+            (self.down_shared, (self.shared, self.dim, self.expert_dim)),
+        ]
+        return [(name, shape) for name, shape in stacks if name is not None]
+
+
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """engine.json: plans of one bundle for one TensorRT version and GPU.
+    """engine.json: plans of one bundle for one TensorRT version and GPU, and calls of the CUDA kernels between them.
 
     backend, version: the library ("tensorrt" or "tensorrt-rtx") and its version (major.minor.patch). device: the GPU's name, ""
     where it was built without one. compute_capabilities: like "9.0". graph_file, graph_sha256, weights_sha256: what of the bundle
@@ -161,13 +206,18 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dim: Positive
     weights: tuple[Weight, ...]
     plans: tuple[Plan, ...]
+    experts: tuple[ExpertsCall, ...]
     build_seconds: float
 
-    def parts(self, form: str, stage: str) -> list[Plan]:
-        """The plans of a stage, in the order they run."""
-        return sorted(
-            (plan for plan in self.plans if (plan.form, plan.stage) == (form, stage)), key=lambda plan: plan.part
-        )
+    def of_form(self, form: str) -> list[Plan | ExpertsCall]:
+        """Plans and calls of a form, in the order they run."""
+        every: tuple[Plan | ExpertsCall, ...] = (*self.plans, *self.experts)
+        parts = [part for part in every if part.form == form]
+        return sorted(parts, key=lambda part: (STAGES.index(part.stage), part.part))
+
+    def parts(self, form: str, stage: str) -> list[Plan | ExpertsCall]:
+        """Plans and calls of a stage, in the order they run."""
+        return [part for part in self.of_form(form) if part.stage == stage]
 
 
 def engine_key(backend: str, version: str, compute_capabilities: tuple[str, ...], device: str, dtype: str) -> str:
@@ -177,92 +227,8 @@ def engine_key(backend: str, version: str, compute_capabilities: tuple[str, ...]
     return "-".join(part for part in (backend, version, *architectures, name, dtype) if part)
 
 
-def list_engines(folder: Path) -> list[tuple[Path, Engine | BundleError]]:
-    """Engines of the bundle in a folder, by name: each with its metadata, or with why that cannot be used. Plans are not read.
-    Raises BundleError where engines/ is a link."""
-    home = folder / FOLDER
-    if home.is_symlink():
-        raise BundleError(f"{home}: is a link; engines are used from the bundle's own folder only")
-    if not home.is_dir():
-        return []
-    paths = sorted(
-        path for path in home.iterdir() if not path.name.startswith(".") and (path.is_dir() or path.is_symlink())
-    )
-    engines: list[tuple[Path, Engine | BundleError]] = []
-    for path in paths:
-        try:
-            engines.append((path, read_engine(path)))
-        except BundleError as error:
-            engines.append((path, error))
-    return engines
-
-
-def engine_summaries(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Of all engines of a bundle, see engine_summary. Raises BundleError where engines/ is a link."""
-    return [engine_summary(path, engine, manifest) for path, engine in list_engines(folder)]
-
-
-def engine_summary(path: Path, engine: Engine | BundleError, manifest: Manifest) -> dict[str, Any]:
-    """What a user wants to know of an engine: key, library, GPU, dtype, limits, size; or "problem", why it cannot be used."""
-    if isinstance(engine, BundleError):
-        return {"key": path.name, "problem": str(engine)}
-    problem: str | None = None
-    try:
-        check(path, engine, manifest)
-    except BundleError as error:
-        problem = str(error)
-    profiles = [profile for plan in engine.plans for profile in plan.profiles]
-    forms = sorted({plan.form for plan in engine.plans})
-    return {
-        "key": path.name,
-        "problem": problem,
-        "backend": engine.backend,
-        "version": engine.version,
-        "device": engine.device,
-        "compute_capabilities": list(engine.compute_capabilities),
-        "dtype": engine.dtype,
-        "max_batch": max(profile.batch.max for profile in profiles),
-        "max_seq": max(profile.seq.max for profile in profiles),
-        "max_context": engine.max_context,
-        "plans": {form: sum(plan.size for plan in engine.plans if plan.form == form) for form in forms},
-        "activation_bytes": max(plan.activation_bytes for plan in engine.plans),
-        "build_seconds": engine.build_seconds,
-    }
-
-
-def read_engine(folder: Path) -> Engine:
-    """engine.json of an engine's folder. Raises BundleError for one that is damaged or of another format version."""
-    path = folder / METADATA
-    _refuse_links(folder, METADATA)
-    try:
-        if path.stat().st_size > _METADATA_LIMIT:
-            raise BundleError(f"{path}: {path.stat().st_size} bytes, more than {METADATA} can have; {_REBUILD}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error}; {_REBUILD}") from error
-    try:
-        head = msgspec.json.decode(data)
-        if not isinstance(head, dict) or head.get("format") != "mythos-engine":
-            raise BundleError(f'{path}: "format" is not "mythos-engine"; {_REBUILD}')
-        if head.get("format_version") != FORMAT_VERSION:
-            raise BundleError(
-                f"{path}: format version {head.get('format_version')}, this release reads {FORMAT_VERSION}; {_REBUILD}"
-            )
-        engine = msgspec.json.decode(data, type=Engine)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BundleError(f"{path}: damaged: {error}; {_REBUILD}") from error
-    _check_consistent(path, engine)
-    return engine
-
-
-_REBUILD = "build it again with `mythos-export build --force`"
-
-
-def _check_consistent(path: Path, engine: Engine) -> None:
-    files = [name for plan in engine.plans for name in (plan.file, plan.layers)]
-    unsafe = [name for name in files if not _PLAIN_NAME.fullmatch(name)]
-    if unsafe:
-        raise BundleError(f"{path}: names {unsafe[0][:80]!r}, which is no plain file name; do not use this engine")
+def contradiction(engine: Engine) -> str | None:
+    """What shows that an engine's metadata make no sense; None where nothing does."""
     ranges = [
         part
         for plan in engine.plans
@@ -275,25 +241,56 @@ def _check_consistent(path: Path, engine: Engine) -> None:
         ("many_tokens" in {form for form, _, _ in forms}, "it has no plans for many tokens"),
         (len(forms) == len({form for form, _, _ in forms}), "plans of one form with different limits"),
         (
-            all(plans and [plan.part for plan in plans] == [*range(len(plans))] for *_, plans in parts),
+            all(found and [part.part for part in found] == [*range(len(found))] for *_, found in parts),
             "its plans' stages",
         ),
-        (all(_passes_plainly(plans) for *_, plans in parts), "what its plans hand on"),
+        ({call.form for call in engine.experts} <= {form for form, _, _ in forms}, "experts of a form without plans"),
+        (all(_passes_plainly(found) for *_, found in parts), "what its plans hand on"),
+        (
+            all(_is_given(call, engine) for call in engine.experts),
+            "experts that are given what no part before hands on",
+        ),
+        (all(_has_weights(call, engine) for call in engine.experts), "experts whose weights are not as they say"),
         (all(plan.profiles for plan in engine.plans), "a plan without profiles"),
         (all(part.min <= part.opt <= part.max for part in ranges), "a range that is none"),
         (len({weight.name for weight in engine.weights}) == len(engine.weights), "a weight named twice"),
         (all(_fits_shape(weight) for weight in engine.weights), "a weight whose size is not that of its shape"),
         (all(re.fullmatch(r"\d+\.\d+", text) for text in engine.compute_capabilities), "its compute capabilities"),
     )
-    for ok, what in facts:
-        if not ok:
-            raise BundleError(f"{path}: contradicts itself: {what}; {_REBUILD}")
+    return next((what for ok, what in facts if not ok), None)
 
 
-def _passes_plainly(plans: list[Plan]) -> bool:
-    """Whether every tensor that plans hand on has a name of its own."""
-    names = [passed.name for plan in plans for passed in plan.passes]
+def _passes_plainly(parts: list[Plan | ExpertsCall]) -> bool:
+    """Whether every tensor that parts hand on has a name of its own."""
+    names = [passed.name for part in parts for passed in part.passes]
     return len({*names}) == len(names) and all(name.startswith(PASSED) for name in names)
+
+
+def _is_given(call: ExpertsCall, engine: Engine) -> bool:
+    """Whether earlier parts of its stage hand on what a call reads; the kernels read integers of 32 bits."""
+    made = {passed.name: passed for part in engine.parts(call.form, call.stage)[: call.part] for passed in part.passes}
+    ranges = [profile.tokens for plan in engine.plans if plan.form == call.form for profile in plan.profiles]
+    sizes = {size for part in ranges for size in (part.min, part.max)}
+    rows = {
+        ("tokens",),
+        *([(size,) for size in sizes] if len(sizes) == 1 else []),
+    }  # a size that never changes is a number
+
+    def is_made(wanted: Passed) -> bool:
+        found = made.get(wanted.name)
+        if found is None or found.integer != wanted.integer:
+            return False
+        return found.shape[:1] in rows and found.shape[1:] == wanted.shape[1:]
+
+    return engine.integers == "int32" and all(map(is_made, call.given))
+
+
+def _has_weights(call: ExpertsCall, engine: Engine) -> bool:
+    """Whether the stacks a call reads are weights of its dtype, in the shapes that its sizes give."""
+    weights = {weight.name: (weight.shape, weight.dtype) for weight in engine.weights}
+    has_shared = {call.gate_up_shared is not None, call.down_shared is not None, call.shared > 0}
+    stored = all(weights.get(name) == (shape, call.dtype) for name, shape in call.stacks)
+    return stored and len(has_shared) == 1 and call.top_k <= call.routed
 
 
 def _fits_shape(weight: Weight) -> bool:
@@ -301,56 +298,6 @@ def _fits_shape(weight: Weight) -> bool:
     for length in weight.shape:
         elements *= length
     return weight.size == elements * _SIZES[weight.stored]
-
-
-def check_source(folder: Path, engine: Engine, manifest: Manifest) -> None:
-    """Raises BundleError unless an engine (its folder is named in messages) was made from this very bundle, and its weights lie
-    within the bundle's files."""
-    graph = manifest.files.get(engine.graph_file)
-    if graph is None or graph.sha256 != engine.graph_sha256:
-        raise BundleError(f"{folder}: stale: {engine.graph_file} is not the graph it was built from; {_REBUILD}")
-    for name, sha256 in engine.weights_sha256.items():
-        if name not in manifest.files or manifest.files[name].sha256 != sha256:
-            raise BundleError(f"{folder}: stale: {name} does not hold the weights it was built from; {_REBUILD}")
-    for weight in engine.weights:
-        inside = weight.file in engine.weights_sha256 and (
-            weight.offset + weight.size <= manifest.files[weight.file].size
-        )
-        if not inside:
-            raise BundleError(f"{folder}: weight {weight.name!r} lies outside {weight.file!r}; do not use this engine")
-
-
-def read_plan(folder: Path, engine: Engine, plan: Plan) -> bytes:
-    """A plan's bytes, compared with its size, sha256 and header first. Raises BundleError where they differ."""
-    path = folder / plan.file
-    _refuse_links(folder, plan.file)
-    try:
-        size = path.stat().st_size
-        if size != plan.size:
-            raise BundleError(f"{path}: {size} bytes, {METADATA} says {plan.size}; copy the engine again or {_REBUILD}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error}; copy the engine again or {_REBUILD}") from error
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != plan.sha256:
-        raise BundleError(
-            f"{path}: sha256 {digest[:16]}… does not match {METADATA}'s {plan.sha256[:16]}…: the file was changed or damaged; "
-            f"copy the engine again or {_REBUILD}"
-        )
-    problem = tensorrt_api.header_problem(engine.backend, data)
-    if problem is not None:
-        raise BundleError(f"{path}: {problem}; {_REBUILD}")
-    return data
-
-
-def check(folder: Path, engine: Engine, manifest: Manifest) -> None:
-    """Everything that can be checked without TensorRT: source, sizes, hashes, headers, links, layer reports. Raises BundleError."""
-    check_source(folder, engine, manifest)
-    for plan in engine.plans:
-        read_plan(folder, engine, plan)
-        _refuse_links(folder, plan.layers)
-        if not (folder / plan.layers).is_file():
-            raise BundleError(f"{folder / plan.layers}: missing; copy the engine again or {_REBUILD}")
 
 
 def fits(engine: Engine, version: str, compute_capability: str, device: str) -> str | None:
@@ -368,32 +315,3 @@ def fits(engine: Engine, version: str, compute_capability: str, device: str) -> 
 def _release(version: str) -> tuple[str, ...]:
     """major.minor.patch: what decides whether a plan can be read."""
     return tuple(version.split(".")[:3])
-
-
-def _refuse_links(folder: Path, name: str) -> None:
-    for path in (folder.parent, folder, folder / name):
-        if path.is_symlink():
-            raise BundleError(f"{path}: is a link; an engine holds plain files only, copy the file in its place")
-
-
-class EngineWriter(FolderWriter):
-    """Writes engines/<key>/ of the bundle in a folder; the engine appears whole or not at all. force: replace one of that key.
-
-    Files (plans, layer reports) come from create(name); commit(engine) ends it. Used as a context manager. Raises BundleError where
-    the engine exists already, or the disk is full.
-    """
-
-    kind, marker = "engine", METADATA
-
-    def __init__(self, folder: Path, key: str, *, force: bool = False) -> None:
-        if not _PLAIN_NAME.fullmatch(key):
-            raise BundleError(f"{key!r} is no name for an engine; expected letters, digits, dots and dashes")
-        super().__init__(folder / FOLDER / key, force=force)
-
-    def commit(self, engine: Engine) -> None:
-        """Writes engine.json and puts the engine in its place."""
-        missing = {name for plan in engine.plans for name in (plan.file, plan.layers)} - set(self._files)
-        if missing:
-            raise BundleError(f"{self.target}: {', '.join(sorted(missing))} was never written")
-        _check_consistent(self.target / METADATA, engine)
-        self._put_in_place(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
-LIBRARY = Path(__file__).parent / "native" / "lib" / "libmythos_ops.so"
-_SOURCE = Path(__file__).parent / "native" / "CMakeLists.txt"  # of a checkout; an installed package has none
+from runtimes.native_library import is_checkout, library_path
+
+LIBRARY = library_path("mythos_ops")
 
 
 @cache
@@ -27,7 +27,7 @@ def is_available() -> bool:
 
 def remedy() -> str:
     """What to do where the library is missing or does not fit."""
-    if _SOURCE.is_file():
+    if is_checkout():
         return "run: make native"
     return (
         "with a C++17 compiler at hand, run in the source of mythos-export: "

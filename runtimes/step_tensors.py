@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtimes import cuda
-from runtimes.engines import STATE, Plan
+from runtimes.engines import STATE, ExpertsCall, Plan
 
 
 class Tensor(NamedTuple):
@@ -47,15 +47,15 @@ def state_tensors(batch: int, seq: int, dim: int, integers: Any) -> list[Tensor]
     return tensors
 
 
-def passed_tensors(plans: Iterable[Plan], batch: int, seq: int, integers: Any) -> list[Tensor]:
-    """What plans hand on within their stages, each named STAGE/NAME."""
+def passed_tensors(parts: Iterable[Plan | ExpertsCall], batch: int, seq: int, integers: Any) -> list[Tensor]:
+    """What parts hand on within their stages, each named STAGE/NAME."""
     sizes = {"batch": batch, "seq": seq, "tokens": batch * seq}
     return [
         Tensor(
-            f"{plan.stage}/{passed.name}",
+            f"{part.stage}/{passed.name}",
             integers if passed.integer else np.float32,
             tuple(sizes[dim] if isinstance(dim, str) else dim for dim in passed.shape),
         )
-        for plan in plans
-        for passed in plan.passes
+        for part in parts
+        for passed in part.passes
     ]

@@ -13,14 +13,15 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from runtimes import cuda
+from runtimes import cuda, cuda_kernels
 from runtimes.backend import StepInput, StepOutput, StopSignal
 from runtimes.bundle import Graph, Manifest
 from runtimes.device_memory import CacheLayout, DeviceMemory, plan_memory
 from runtimes.device_sequences import DeviceSequences
 from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import STORAGE, convert
-from runtimes.engines import Engine, Plan, Profile, check_source, read_plan
+from runtimes.engine_folder import check_source, read_plan
+from runtimes.engines import Engine, Plan, Profile
 from runtimes.errors import BundleError, InputError
 from runtimes.tensorrt_api import TensorRT
 from runtimes.tensorrt_stages import StepShape
@@ -43,7 +44,7 @@ class TensorRTBackend:
 
     Everything is checked before TensorRT sees a byte, memory is planned before any is taken. Raises BundleError for a stale or
     damaged engine, InputError for a request beyond the engine's profiles, OutOfDeviceMemory with what is missing, BackendError for
-    what TensorRT refuses.
+    what TensorRT refuses, and where an engine calls CUDA kernels that are not there.
     """
 
     native = False
@@ -65,19 +66,20 @@ class TensorRTBackend:
         self._cache_dtype, self._layout = engine.cache_dtype, CacheLayout.of(engine, self.graph)
         self._batches = [profile.batch for _, profile in self._profiles]
         self.max_context = engine.max_context
-        self.memory = self._planned(engine, request)
+        kernels = cuda_kernels.find() if engine.experts else None
+        self.memory = self._planned(engine, request, kernels.workspace_bytes(engine) if kernels else 0)
         self._open: weakref.WeakSet[DeviceSequences] = weakref.WeakSet()
         plans = [(plan, read_plan(engine_folder, engine, plan)) for plan in engine.plans]
         stream = cuda.Stream()
         self._weights = DeviceWeights(folder, engine.weights, stream)
         deserialized = [(plan, tensorrt.deserialize(data)) for plan, data in plans]
-        self._executor = Executor(tensorrt, engine, self.graph, deserialized, self._weights, stream)
+        self._executor = Executor(tensorrt, engine, self.graph, deserialized, kernels, self._weights, stream)
 
-    def _planned(self, engine: Engine, request: DeviceRequest) -> DeviceMemory:
+    def _planned(self, engine: Engine, request: DeviceRequest, workspace: int) -> DeviceMemory:
         context = self.max_context if request.context is None else min(request.context, self.graph.max_seq_len)
         self.check(request.batch, context)
         step = self.longest_step(request.batch, every_position=False)
-        memory = plan_memory(engine, self.graph, request.batch, context, step, cuda.free_bytes())
+        memory = plan_memory(engine, self.graph, request.batch, context, step, workspace, cuda.free_bytes())
         _log.info("%s: %s; %s are free", self.engine, memory, cuda.megabytes(memory.free))
         memory.check()
         return memory

@@ -1,16 +1,18 @@
-"""The execution contexts of one form and profile of an engine, and how they are chained: prelude, loop after loop, coda.
+"""The execution contexts of one form and profile of an engine, with the calls of kernels between them, and how they are chained:
+prelude, loop after loop, coda.
 
 Shape letters: B batch, S new tokens, K positions with logits, C capacity and W width of the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 from runtimes import cuda
 from runtimes.bundle import Graph
+from runtimes.cuda_kernels import ExpertsPart
 from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import STORAGE
 from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE, Engine, Plan, Profile
@@ -62,11 +64,12 @@ class Places(NamedTuple):
     tensors: Mapping[str, int]
 
 
-class _Part:
+class _PlanPart:
     """An execution context for one profile of a plan; it never changes profiles."""
 
     def __init__(self, tensorrt: TensorRT, plan: Plan, context: Any, names: frozenset[str]) -> None:
-        self._tensorrt, self.plan, self.context, self.names = tensorrt, plan, context, names
+        self._tensorrt, self.record, self.context, self.names = tensorrt, plan, context, names
+        self.file = plan.file
         self.caches = _numbers(names, NEW_KV)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -91,18 +94,21 @@ def _numbers(names: frozenset[str], prefix: str) -> list[int]:
     return sorted(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))
 
 
-class _Stage:
-    """The plans of a stage, which run one after another."""
+_Part = _PlanPart | ExpertsPart
 
-    def __init__(self, parts: list[_Part]) -> None:
-        self.parts, self.name = parts, parts[0].plan.stage
+
+class _Stage:
+    """The plans and calls of a stage, which run one after another."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self.parts, self.name = parts, parts[0].record.stage
 
     def check(self, weights: DeviceWeights) -> None:
         """Raises BackendError where the plans' tensors are not those of their stage."""
         handed_on: set[str] = set()
         for part in self.parts:
             kv = {f"{prefix}{index}" for index in part.caches for prefix in (PAST_KV, NEW_KV)}
-            passes = {passed.name for passed in part.plan.passes}
+            passes = {passed.name for passed in part.record.passes}
             known = {*weights.addresses, *_GIVEN[self.name], *_RESULTS[self.name], *kv, *handed_on, *passes}
             _explain(part, part.names - known, passes - part.names)
             handed_on |= passes
@@ -131,12 +137,13 @@ class _Stage:
 def _explain(part: _Part, unknown: frozenset[str], missing: frozenset[str] | set[str]) -> None:
     if unknown or missing:
         what = f"wants {sorted(unknown)}" if unknown else f"lacks {sorted(missing)}"
-        raise BackendError(f"{part.plan.file} {what}, which engine.json does not explain; build the engine again")
+        raise BackendError(f"{part.file} {what}, which engine.json does not explain; build the engine again")
 
 
 class StageChain:
     """The stages of a form, each plan with a context for the profile of that index, and the weights bound. graph: the bundle's.
-    activations: device memory that all contexts share. Raises BackendError for plans that are not what the metadata says."""
+    experts: the form's calls, ready to be set up. activations: device memory that all contexts share. Raises BackendError for plans
+    that are not what the metadata says."""
 
     def __init__(
         self,
@@ -144,6 +151,7 @@ class StageChain:
         engine: Engine,
         graph: Graph,
         plans: list[tuple[Plan, DeserializedPlan]],
+        experts: list[ExpertsPart],
         index: int,
         weights: DeviceWeights,
         activations: cuda.DeviceBuffer,
@@ -152,12 +160,12 @@ class StageChain:
         self.plan: Plan = plans[0][0]
         self.profile: Profile = self.plan.profiles[index]
         self._graph, self._dim, self._integers = graph, engine.dim, STORAGE[engine.integers]
-        parts = []
+        parts: list[_Part] = [*experts]
         for plan, deserialized in plans:
             context = deserialized.new_context(activations.address, activations.size, index, stream.handle)
-            parts.append(_Part(tensorrt, plan, context, deserialized.tensor_names))
-        parts.sort(key=lambda part: part.plan.part)
-        self._stages = {name: _Stage([part for part in parts if part.plan.stage == name]) for name in STAGES}
+            parts.append(_PlanPart(tensorrt, plan, context, deserialized.tensor_names))
+        parts.sort(key=lambda part: part.record.part)
+        self._stages = {name: _Stage([part for part in parts if part.record.stage == name]) for name in STAGES}
         self._prelude, self._loop, self._coda = self._stages.values()
         for stage in self._stages.values():
             stage.check(weights)
@@ -170,12 +178,12 @@ class StageChain:
         return few_enough and all(size in getattr(self.profile, name) for name, size in shape.of_profile.items())
 
     def state(self, shape: StepShape) -> list[Tensor]:
-        """What passes between plans in a step."""
+        """What passes between parts in a step."""
         return [*state_tensors(shape.batch, shape.seq, self._dim, self._integers), *self._passed(shape)]
 
     def _passed(self, shape: StepShape) -> list[Tensor]:
-        plans = chain.from_iterable((part.plan for part in stage.parts) for stage in self._stages.values())
-        return passed_tensors(plans, shape.batch, shape.seq, self._integers)
+        parts = chain.from_iterable((part.record for part in stage.parts) for stage in self._stages.values())
+        return passed_tensors(parts, shape.batch, shape.seq, self._integers)
 
     def set_shapes(self, shape: StepShape) -> None:
         """For steps to come."""
@@ -198,7 +206,7 @@ class StageChain:
                     part.set_shape(name, passed[f"{stage.name}/{name}"])
                 for index in part.caches:
                     part.set_shape(f"{PAST_KV}{index}", (batch, shape.capacity, self._graph.cache_width))
-                made |= {passed.name for passed in part.plan.passes}
+                made |= {passed.name for passed in part.record.passes}
 
     def set_addresses(self, shape: StepShape, places: Places) -> None:
         """Of what stays in place from loop to loop and from step to step."""
@@ -207,7 +215,7 @@ class StageChain:
                 if name in _GIVEN[stage.name]:
                     stage.set_address(name, places.tensors[name])
             for part in stage.parts:
-                for passed in part.plan.passes:
+                for passed in part.record.passes:
                     stage.set_address(passed.name, places.state[f"{stage.name}/{passed.name}"])
         for name in ("next_token", "next_logprob", "logits"):
             self._coda.set_address(name, places.tensors[name])

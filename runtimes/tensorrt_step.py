@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from runtimes import cuda
 from runtimes.backend import Cancelled, StopSignal, say_once
 from runtimes.bundle import Graph
+from runtimes.cuda_kernels import CudaKernels, ExpertsPart
 from runtimes.device_memory import CacheLayout
 from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import STORAGE
@@ -78,8 +79,8 @@ class Binding:
 
 
 class Executor:
-    """Runs steps of an engine, one at a time; any thread may call. Raises BackendError or OutOfDeviceMemory where it cannot be set
-    up."""
+    """Runs steps of an engine, one at a time; any thread may call. kernels: None where the engine calls none. Raises BackendError
+    or OutOfDeviceMemory where it cannot be set up."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Executor:
         engine: Engine,
         graph: Graph,
         plans: list[tuple[Plan, DeserializedPlan]],
+        kernels: CudaKernels | None,
         weights: DeviceWeights,
         stream: cuda.Stream,
     ) -> None:
@@ -102,14 +104,21 @@ class Executor:
         self._staging_version = 0
         self._loop_numbers = self._numbers(graph.max_loops)
         self._activations = cuda.DeviceBuffer(max(plan.activation_bytes for _, plan in plans), "activations")
-        self._chains = [
-            StageChain(tensorrt, engine, graph, of_form, index, weights, self._activations, stream)
-            for of_form in ([pair for pair in plans if pair[0].form == form] for form in FORMS)
-            if of_form
-            for index in range(len(of_form[0][0].profiles))
-        ]
+        self._workspace = cuda.DeviceBuffer(kernels.workspace_bytes(engine) if kernels else 0, "the experts' workspace")
+        self._chains = []
+        for form in FORMS:
+            of_form = [pair for pair in plans if pair[0].form == form]
+            for index in range(len(of_form[0][0].profiles) if of_form else 0):
+                experts = self._experts(kernels, engine, form)
+                self._chains.append(
+                    StageChain(tensorrt, engine, graph, of_form, experts, index, weights, self._activations, stream)
+                )
         self._bindings: dict[StageChain, Binding] = {}
         self.closed = False
+
+    def _experts(self, kernels: CudaKernels | None, engine: Engine, form: str) -> list[ExpertsPart]:
+        calls = [call for call in engine.experts if call.form == form]
+        return [ExpertsPart(kernels, call, self._workspace) for call in calls] if kernels is not None else []
 
     def _numbers(self, count: int) -> cuda.DeviceBuffer:
         """0, 1, … where the loop reads its own number."""
@@ -277,7 +286,7 @@ class Executor:
             for chain in self._chains:
                 self._unbind(chain)
             self._chains, self._plans = [], []
-            buffers = (self._new_rows, self._state, self._loop_numbers, self._activations)
+            buffers = (self._new_rows, self._state, self._loop_numbers, self._activations, self._workspace)
             for part in (self._inputs, self._outputs, *buffers, self._event):
                 part.close()
 

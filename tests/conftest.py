@@ -14,11 +14,12 @@ import cpp_sdk
 import pytest
 from c_runtime import Library
 from fake_cuda import FakeCuda
+from fake_cuda_kernels import install_kernels
 from fake_engine import add_engine
 from fake_tensorrt import FakeTensorRT
 
 from runtimes import backend as backend_module
-from runtimes import cuda, device_memory, tensorrt_api
+from runtimes import cuda, cuda_kernels, device_memory, tensorrt_api
 from runtimes.errors import BackendError
 from runtimes.runner import Runner, load
 
@@ -68,10 +69,11 @@ def shared() -> Path:
 def clear_caches() -> None:
     tensorrt_api.find.cache_clear()
     cuda._runtime.cache_clear()
+    cuda_kernels.find.cache_clear()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str) -> FakeTensorRT:
-    """Puts a fake CUDA and TensorRT where the real ones are imported from."""
+    """Puts a fake CUDA, TensorRT and CUDA kernels where the real ones are loaded from."""
     fake = FakeTensorRT(FakeCuda(), version)
     for name in ("cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -79,6 +81,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str) -> FakeTensorRT:
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     monkeypatch.setattr(backend_module, "_said", set())
     clear_caches()
+    fake.kernels = install_kernels(monkeypatch, fake.cuda)
     return fake
 
 

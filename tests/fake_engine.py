@@ -11,17 +11,8 @@ import msgspec
 from fake_tensorrt import make_plan
 
 from runtimes.bundle import open_bundle
-from runtimes.engines import (
-    FORMAT_VERSION,
-    Engine,
-    EngineWriter,
-    Passed,
-    Plan,
-    Profile,
-    Range,
-    Weight,
-    engine_key,
-)
+from runtimes.engine_folder import EngineWriter
+from runtimes.engines import FORMAT_VERSION, Engine, ExpertsCall, Passed, Plan, Profile, Range, Weight, engine_key
 from runtimes.folder_writer import FileEntry
 
 if TYPE_CHECKING:
@@ -51,14 +42,18 @@ def add_engine(
     forms = [("many_tokens", None)] if few_tokens is None else [("few_tokens", few_tokens), ("many_tokens", None)]
     key = engine_key(backend, version, capabilities, device, dtype)
     old_parser = backend == "tensorrt" and int(version.partition(".")[0]) < 10
-    plans, weights = [], {}
+    plans, calls, weights = [], [], {}
     with EngineWriter(bundle, key) as writer:
         for form, most in forms:
             profiles = _profiles(form, max_context or graph.max_seq_len)
             sha256 = manifest.files[graph.file].sha256
             for part in _parts(bundle, sha256, dtype, form, integers, old_parser):
+                weights.update({weight.name: weight for weight in part.weights})
+                if part.call is not None:
+                    calls.append(part.call)
+                    continue
                 name = f"{form}.{part.stage}.{part.part}"
-                shapes = [_shapes(part.inputs, profile) for profile in profiles]
+                shapes = [_shapes(dict(part.inputs), profile) for profile in profiles]
                 data = make_plan(part.model, shapes, 4096)
                 entry = _write(writer, f"{name}.plan", data if header is None else header + data[len(header) :])
                 _write(writer, f"{name}.layers.json", b"[]")
@@ -77,7 +72,6 @@ def add_engine(
                         activation_bytes=4096,
                     )
                 )
-                weights.update({weight.name: weight for weight in part.weights})
         writer.commit(
             Engine(
                 format="mythos-engine",
@@ -97,6 +91,7 @@ def add_engine(
                 dim=manifest.model["dim"],
                 weights=tuple(weights.values()),
                 plans=tuple(plans),
+                experts=tuple(calls),
                 build_seconds=0.0,
             )
         )
@@ -110,49 +105,44 @@ def _write(writer: EngineWriter, name: str, data: bytes) -> FileEntry:
 
 
 class _Part(NamedTuple):
-    stage: str
-    part: int
-    passes: tuple[Passed, ...]
-    model: bytes
-    inputs: dict[str, Dims]  # but the weights
+    """A plan, or a call of the kernels."""
+
     weights: tuple[Weight, ...]
-
-
-@cache
-def _lowered(
-    bundle: Path, sha256: str, dtype: str, form: str, old_parser: bool
-) -> list[tuple[str, int, onnx.ModelProto, tuple[Passed, ...], tuple[Weight, ...]]]:
-    import onnx_ir as ir  # which a machine that runs real engines need not have
-
-    from mythos_export.build.engine import passes_of, weights_of
-    from mythos_export.build.lower import lower
-
-    graph = open_bundle(bundle)[1].graphs[0]
-    sizes = {"seq": 1, "k": 1} if form == "few_tokens" else {}
-    return [
-        (part.stage, part.part, ir.to_proto(part.model), passes_of(part), tuple(weights_of(part).values()))
-        for part in lower(bundle, graph, dtype, form=form, sizes=sizes, old_parser=old_parser)
-    ]
+    call: ExpertsCall | None = None
+    stage: str = ""
+    part: int = 0
+    passes: tuple[Passed, ...] = ()
+    model: bytes = b""
+    inputs: tuple[tuple[str, Dims], ...] = ()  # but the weights
 
 
 @cache
 def _parts(bundle: Path, sha256: str, dtype: str, form: str, integers: str, old_parser: bool) -> list[_Part]:
     """The parts of a form; sha256: of the bundle's graph."""
-    import onnx
+    import onnx_ir as ir  # which a machine that runs real engines need not have
 
+    from mythos_export.build.engine import passes_of, weights_of
+    from mythos_export.build.lower import LoweredExperts, lower
+
+    graph = open_bundle(bundle)[1].graphs[0]
+    sizes = {"seq": 1, "k": 1} if form == "few_tokens" else {}
     parts = []
-    for stage, part, lowered, passes, weights in _lowered(bundle, sha256, dtype, form, old_parser):
-        model = onnx.ModelProto()
-        model.CopyFrom(lowered)
+    for lowered in lower(bundle, graph, dtype, form=form, sizes=sizes, old_parser=old_parser):
+        weights = tuple(weights_of(lowered).values())
+        if isinstance(lowered, LoweredExperts):
+            parts.append(_Part(weights, lowered.call))
+            continue
+        model = ir.to_proto(lowered.model)
         if integers == "int32":
             _narrow_integers(model.graph)
         names = {weight.name for weight in weights}
-        inputs = {
-            value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        inputs = tuple(
+            (value.name, tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim))
             for value in model.graph.input
             if value.name not in names
-        }
-        parts.append(_Part(stage, part, passes, model.SerializeToString(), inputs, weights))
+        )
+        serialized = model.SerializeToString()
+        parts.append(_Part(weights, None, lowered.stage, lowered.part, passes_of(lowered), serialized, inputs))
     return parts
 
 

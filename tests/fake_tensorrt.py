@@ -4,6 +4,7 @@ profiles; it runs on fake_cuda."""
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
 import json
 import struct
 import types
@@ -49,7 +50,10 @@ class FakeTensorRT(types.ModuleType):
 
     def __init__(self, cuda: FakeCuda, version: str = "8.6.1") -> None:
         super().__init__("tensorrt")
+        self.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)  # torch looks for it
         self.cuda, self.__version__ = cuda, version
+        self.kernels: Any = None  # the fake CUDA kernels beside it
+        self.kernels: Any = None  # the fake CUDA kernels beside it
         self.deserialized = 0
         self.refuse = False
         self.fails: set[str] = set()

@@ -14,15 +14,16 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from fake_cuda_kernels import mixed
 
-from mythos_export.build.lower import Lowered, lower
+from mythos_export.build.lower import Lowered, LoweredExperts, lower
 from mythos_export.export import export_bundle
 from mythos_export.overloads import FEW_TOKENS, MANY_TOKENS
 from mythos_export.quantize import quantize_bundle
 from mythos_export.quantize.bundle import Text
 from runtimes.backend import StepInput, StepOutput
 from runtimes.bundle import Graph, open_bundle
-from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE
+from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE, ExpertsCall
 from runtimes.runner import Runner, load
 
 FORMS = (FEW_TOKENS, MANY_TOKENS)
@@ -35,11 +36,21 @@ PROSE = "ROMEO.\nBut soft, what light through yonder window breaks? It is the ea
 
 
 class InOnnxruntime:
-    """Lowered parts in onnxruntime, chained as a runner chains them, fed with the weights that an engine would read."""
+    """Lowered parts in onnxruntime (and calls of the kernels in numpy), chained as a runner chains them, fed with the weights that
+    an engine would read."""
 
-    def __init__(self, parts: list[Lowered], folder: Path) -> None:
+    def __init__(self, parts: list[Lowered | LoweredExperts], folder: Path) -> None:
         self.weights: dict[str, np.ndarray] = {}
-        self.sessions = [(lowered.stage, self._session(lowered, folder)) for lowered in parts]
+        self.parts = [self._part(part, folder) for part in parts]
+
+    def _part(
+        self, part: Lowered | LoweredExperts, folder: Path
+    ) -> tuple[str, onnxruntime.InferenceSession | ExpertsCall]:
+        if isinstance(part, Lowered):
+            return part.stage, self._session(part, folder)
+        dtype = FLOATS[part.call.dtype]
+        self.weights |= {name: tensor.numpy().astype(dtype) for name, tensor in part.weights.items()}
+        return part.call.stage, part.call
 
     def _session(self, lowered: Lowered, folder: Path) -> onnxruntime.InferenceSession:
         path = folder / "lowered.onnx"  # beside the weights that its constants lie in
@@ -70,7 +81,10 @@ class InOnnxruntime:
         self, stage: str, given: dict[str, np.ndarray], cache: np.ndarray, rows: list[np.ndarray]
     ) -> dict[str, np.ndarray]:
         made: dict[str, np.ndarray] = {}
-        for session in (session for name, session in self.sessions if name == stage):
+        for session in (part for name, part in self.parts if name == stage):
+            if isinstance(session, ExpertsCall):
+                made[session.mixed] = self._experts(session, made)
+                continue
             feeds = {}
             for value in session.get_inputs():
                 if value.name.startswith(PAST_KV):
@@ -81,6 +95,11 @@ class InOnnxruntime:
             made |= dict(zip(names, session.run(None, feeds), strict=True))
         rows += [made[name] for name in sorted(name for name in made if name.startswith(NEW_KV))]
         return made
+
+    def _experts(self, call: ExpertsCall, made: dict[str, np.ndarray]) -> np.ndarray:
+        stacks = [self.weights[name] for name, _ in call.stacks]
+        given = [made[passed.name] for passed in call.given]
+        return mixed(*given, (stacks[0], stacks[1]), (stacks[2], stacks[3]) if call.shared else None)
 
 
 class Case(NamedTuple):
@@ -148,11 +167,15 @@ def test_lowered_stages_compute_what_the_bundle_does(request: pytest.FixtureRequ
             check_outputs(InOnnxruntime(parts, case.folder).run(case.step), case, dtype)
 
 
-def check_standard(parts: list[Lowered], old_parser: bool) -> None:
-    """Standard operators, no branches, no loops, every matrix an input."""
-    assert list(dict.fromkeys(lowered.stage for lowered in parts)) == list(STAGES)
-    inputs = set()
-    for lowered in parts:
+def graphs_of(parts: list[Lowered | LoweredExperts]) -> list[Lowered]:
+    return [part for part in parts if isinstance(part, Lowered)]
+
+
+def check_standard(parts: list[Lowered | LoweredExperts], old_parser: bool) -> None:
+    """Standard operators, no branches, no loops, every matrix an input, or read by a call of the kernels."""
+    assert list(dict.fromkeys(lowered.stage for lowered in graphs_of(parts))) == list(STAGES)
+    inputs = {name for part in parts if isinstance(part, LoweredExperts) for name in part.weights}
+    for lowered in graphs_of(parts):
         nodes = list(ir.traversal.RecursiveGraphIterator(lowered.model.graph))
         assert {node.domain for node in nodes} <= {""}
         assert not [node for node in nodes if node.op_type in ("If", "Loop")]
@@ -166,34 +189,26 @@ def check_standard(parts: list[Lowered], old_parser: bool) -> None:
     assert {"embed", "recurrent.layers.0.ffn.gate_up.routed", "recurrent.layers.0.ffn.down.routed"} <= inputs
 
 
-def test_for_the_old_parser_float16_experts_are_parts_of_their_own(fixed_bundle: Path) -> None:
-    """TensorRT 8.6 takes matrices of one type a plan."""
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_for_the_old_parser_reduced_experts_are_calls_of_the_kernels(fixed_bundle: Path, dtype: str) -> None:
+    """TensorRT 8.6 widens such stacks; all that it computes is float32."""
     graph = open_bundle(fixed_bundle)[1].graphs[0]
     for form in FORMS:
-        parts = lower(fixed_bundle, graph, "float16", form=form, old_parser=True)
-        loop = [part for part in parts if part.stage == "loop"]
-        assert [part.part for part in loop] == [0, 1, 2]
-        types = [{value.dtype for value in part.model.graph.inputs if value.name in part.weights} for part in parts]
-        halves = [part for part, dtypes in zip(parts, types, strict=True) if ir.DataType.FLOAT16 in dtypes]
-        assert [(part.stage, part.part) for part in halves] == [("loop", 1)]
-        assert all("ffn" in name for name in halves[0].weights)
-        assert all(dtypes <= {ir.DataType.FLOAT, ir.DataType.FLOAT16} and len(dtypes) <= 1 for dtypes in types)
-
-
-def test_one_token_steps_of_the_old_parsers_experts_hold_no_matrix_product(fixed_bundle: Path) -> None:
-    """TensorRT 8.6 widens every matrix of a float16 part with one."""
-    graph, one = open_bundle(fixed_bundle)[1].graphs[0], {"batch": 1, "seq": 1, "tokens": 1, "k": 1}
-    both = step_of(graph)
-    step = StepInput(
-        both.input_ids[:1, :1], both.past_len[:1], both.past_kv[:, :1], np.zeros((1, 1), np.int64), both.n_loops[:1]
-    )
-    parts = lower(fixed_bundle, graph, "float16", form=FEW_TOKENS, sizes=one, old_parser=True)
-    (experts,) = (part for part in parts if (part.stage, part.part) == ("loop", 1))
-    assert not {"MatMul", "Gemm"} & {node.op_type for node in experts.model.graph}
-    with load(fixed_bundle, native=False) as runner:
-        expected = runner.run_step(step)
-    outputs = InOnnxruntime(parts, fixed_bundle).run(step)
-    np.testing.assert_allclose(outputs["logits"], expected.logits, rtol=0, atol=ATOL["float16"])
+        parts = lower(fixed_bundle, graph, dtype, form=form, old_parser=True)
+        (experts,) = (part for part in parts if isinstance(part, LoweredExperts))
+        call, loop = experts.call, [part for part in graphs_of(parts) if part.stage == "loop"]
+        assert ([part.part for part in loop], call.part) == ([0, 2], 1)
+        assert (call.stage, call.form, call.dtype) == ("loop", form, dtype)
+        assert [name for name, _ in call.stacks] == list(experts.weights)
+        for name, shape in call.stacks:
+            assert (name.startswith("recurrent.layers.0.ffn."), tuple(experts.weights[name].shape)) == (True, shape)
+        given, made = ({passed.name for passed in side} for side in (call.given, call.passes))
+        assert given <= {value.name for value in loop[0].model.graph.outputs}
+        assert made <= {value.name for value in loop[1].model.graph.inputs}
+        for lowered in graphs_of(parts):
+            types = {value.dtype for value in lowered.model.graph.inputs if value.name in lowered.weights}
+            assert types <= {ir.DataType.FLOAT}
+            assert not set(lowered.weights) & set(experts.weights)
 
 
 def test_the_loop_is_the_same_whether_its_count_is_fixed_or_not(fixed_bundle: Path, tiny_bundle: Path) -> None:
@@ -210,7 +225,8 @@ def test_the_loop_is_the_same_whether_its_count_is_fixed_or_not(fixed_bundle: Pa
 
 def test_sizes_that_never_change_are_fixed(fixed_bundle: Path) -> None:
     graph, one = open_bundle(fixed_bundle)[1].graphs[0], {"batch": 1, "seq": 1, "tokens": 1, "k": 1}
-    for lowered in lower(fixed_bundle, graph, "float16", form=FEW_TOKENS, sizes=one, old_parser=True):
+    parts = lower(fixed_bundle, graph, "float16", form=FEW_TOKENS, sizes=one, old_parser=True)
+    for lowered in graphs_of(parts):
         shapes = [value.shape for value in lowered.model.graph.inputs if value.name not in lowered.weights]
         free = {str(dim) for shape in shapes for dim in shape if not isinstance(dim, int)}
         assert free <= {"capacity"}

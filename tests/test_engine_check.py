@@ -9,7 +9,7 @@ import pytest
 
 from mythos_export.build import check
 from runtimes.bundle import open_bundle
-from runtimes.engines import read_engine
+from runtimes.engine_folder import read_engine
 from runtimes.errors import BackendError
 from runtimes.runner import Runner
 

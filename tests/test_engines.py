@@ -16,7 +16,8 @@ from runtimes import cuda, device_weights, tensorrt_api
 from runtimes.bundle import open_bundle, rewrite_manifest
 from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import convert
-from runtimes.engines import Engine, EngineWriter, Weight, check, engine_key, fits, list_engines, read_engine
+from runtimes.engine_folder import EngineWriter, check, list_engines, read_engine
+from runtimes.engines import Engine, Weight, engine_key, fits
 from runtimes.errors import BackendError, BundleError
 from runtimes.runner import load
 

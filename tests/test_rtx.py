@@ -23,7 +23,8 @@ from mythos_export.overloads import FEW_TOKENS, MANY_TOKENS
 from mythos_export.quantize import quantize_bundle
 from runtimes import tensorrt_api
 from runtimes.bundle import open_bundle
-from runtimes.engines import STAGES, check, list_engines, read_engine
+from runtimes.engine_folder import check, list_engines, read_engine
+from runtimes.engines import STAGES
 from runtimes.errors import BackendError, InputError
 from runtimes.runner import load
 

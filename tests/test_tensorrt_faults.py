@@ -18,7 +18,7 @@ from fake_tensorrt import FakeTensorRT
 
 from runtimes import cuda, device_memory
 from runtimes.backend import StepInput
-from runtimes.engines import read_engine
+from runtimes.engine_folder import read_engine
 from runtimes.errors import BackendError, BundleError, InputError
 from runtimes.runner import Runner, load
 

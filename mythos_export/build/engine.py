@@ -21,27 +21,16 @@ import onnx_ir as ir
 from mythos_export import __version__, overloads
 from mythos_export.build.builder import BuiltPlan, Progress, build_plan
 from mythos_export.build.check import check_engine
-from mythos_export.build.lower import DTYPES, Lowered, is_cache, lower
+from mythos_export.build.lower import DTYPES, Lowered, LoweredExperts, is_cache, lower
 from mythos_export.build.options import MAX_CONTEXT, Limits, Options
 from mythos_export.config import MixtureOfExpertsConfig, ModelConfig
-from runtimes import cuda, tensorrt_api
+from runtimes import cuda, cuda_kernels, tensorrt_api
 from runtimes.bundle import Graph, Manifest, open_bundle
 from runtimes.cuda import OutOfDeviceMemory
 from runtimes.device_memory import BUCKET
 from runtimes.dtypes import STORAGE
-from runtimes.engines import (
-    FOLDER,
-    FORMAT_VERSION,
-    PASSED,
-    Engine,
-    EngineWriter,
-    Passed,
-    Plan,
-    Profile,
-    Range,
-    Weight,
-    engine_key,
-)
+from runtimes.engine_folder import FOLDER, EngineWriter
+from runtimes.engines import FORMAT_VERSION, PASSED, Engine, Passed, Plan, Profile, Range, Weight, engine_key
 from runtimes.errors import BackendError, InputError
 from runtimes.tensorrt_api import TensorRT
 
@@ -83,7 +72,7 @@ def build_engine(
     options, limits = options or Options(), limits or Limits()
     folder, manifest = open_bundle(bundle)
     graph = manifest.graphs[0]
-    dtype, context = _checked_dtype(dtype, graph, library), _checked_context(limits, graph)
+    dtype, context = _checked_dtype(dtype, manifest, library), _checked_context(limits, graph)
     device, capabilities = _target(library, options)
     job = _Job(library, folder, manifest, dtype, limits, context, options, device, capabilities, progress)
     forms = [_lowered(job, form, max_tokens) for form, max_tokens in _forms(manifest, limits)]
@@ -123,7 +112,12 @@ class _Form:
     name: str
     max_tokens: int | None
     profiles: tuple[Profile, ...]
-    parts: list[Lowered]
+    parts: list[Lowered | LoweredExperts]
+
+    @property
+    def graphs(self) -> list[Lowered]:
+        """Those of the parts that become plans."""
+        return [part for part in self.parts if isinstance(part, Lowered)]
 
 
 def _lowered(job: _Job, form: str, max_tokens: int | None) -> _Form:
@@ -140,7 +134,7 @@ def _lowered(job: _Job, form: str, max_tokens: int | None) -> _Form:
 
 def _check_types(library: TensorRT, forms: Sequence[_Form]) -> None:
     """Raises InputError for matrices of a type that the library does not have."""
-    graphs = [part.model.graph for form in forms for part in form.parts]
+    graphs = [part.model.graph for form in forms for part in form.graphs]
     for name in {_TYPES.get(value.dtype) for graph in graphs for value in graph.initializers.values()} - {None}:
         if not getattr(library.capabilities, str(name)):
             raise InputError(
@@ -158,8 +152,9 @@ def _built(job: _Job, forms: Sequence[_Form], way: int, *, force: bool) -> Built
     with EngineWriter(job.folder, job.key, force=force) as writer:
         plans, weights = [], dict[str, Weight]()
         for form in forms:
-            for lowered in form.parts:
-                weights.update(weights_of(lowered))
+            for part in form.parts:
+                weights.update(weights_of(part))
+            for lowered in form.graphs:
                 _log.info("building %s, part %d, of %s", lowered.stage, lowered.part, form.name)
                 plan = build_plan(
                     job.library, lowered, job.folder, form.profiles, job.options, way, timing, job.progress
@@ -194,7 +189,7 @@ def _metadata(
     job: _Job, forms: Sequence[_Form], plans: tuple[Plan, ...], weights: tuple[Weight, ...], seconds: float
 ) -> Engine:
     graph, files = job.manifest.graphs[0], job.manifest.files
-    cache = next(value for part in forms[0].parts for value in part.model.graph.inputs if is_cache(value))
+    cache = next(value for part in forms[0].graphs for value in part.model.graph.inputs if is_cache(value))
     named = sorted({weight.file for weight in weights} | set(graph.weights))
     return Engine(
         format="mythos-engine",
@@ -214,24 +209,28 @@ def _metadata(
         dim=ModelConfig.from_dict(job.manifest.model).dim,
         weights=weights,
         plans=plans,
+        experts=tuple(part.call for form in forms for part in form.parts if isinstance(part, LoweredExperts)),
         build_seconds=seconds,
     )
 
 
-def _checked_dtype(dtype: str | None, graph: Graph, library: TensorRT) -> str:
+def _checked_dtype(dtype: str | None, manifest: Manifest, library: TensorRT) -> str:
+    graph = manifest.graphs[0]
     quantized, modern = graph.weight_dtype not in STORAGE, library.capabilities.strongly_typed
     if dtype is None:
         dtype = graph.dtype if not quantized else "float16" if modern else "float32"
     if dtype not in DTYPES:
         raise InputError(f'dtype is "{dtype}"; expected one of {", ".join(DTYPES)}')
-    if dtype == "bfloat16" and not library.capabilities.bfloat16:
-        raise InputError(
-            f"{library.backend} {library.version} has no bfloat16, which TensorRT 10 has; use --dtype float16"
-        )
     if quantized and not modern and dtype != "float32":
         raise InputError(
             f"{library.backend} {library.version} reads scales of quantized matrices in float32 only, dtype is {dtype}; leave "
             "--dtype out"
+        )
+    if not modern and dtype != "float32" and _experts(manifest):
+        cuda_kernels.find()  # which compute them
+    elif dtype == "bfloat16" and not library.capabilities.bfloat16:
+        raise InputError(
+            f"{library.backend} {library.version} has no bfloat16, which TensorRT 10 has; use --dtype float16"
         )
     return dtype
 
@@ -255,13 +254,18 @@ def _target(library: TensorRT, options: Options) -> tuple[str, tuple[str, ...]]:
 
 def _forms(manifest: Manifest, limits: Limits) -> list[tuple[str, int | None]]:
     """Forms to build, with the most tokens of a step each is for."""
-    config = ModelConfig.from_dict(manifest.model)
-    experts = [layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, MixtureOfExpertsConfig)]
+    experts = _experts(manifest)
     many: list[tuple[str, int | None]] = [(overloads.MANY_TOKENS, None)]
     if not experts:
         return many
     few = max(1, min(int(_GATHERING_PAYS * moe.n_experts / moe.top_k) for moe in experts))
     return [(overloads.FEW_TOKENS, min(few, limits.batch)), *many]
+
+
+def _experts(manifest: Manifest) -> list[MixtureOfExpertsConfig]:
+    """Of the layers that have any."""
+    layers = ModelConfig.from_dict(manifest.model).layers
+    return [layer.feed_forward for layer in layers if isinstance(layer.feed_forward, MixtureOfExpertsConfig)]
 
 
 def _profiles(limits: Limits, context: int, max_tokens: int | None) -> tuple[Profile, ...]:
@@ -275,9 +279,14 @@ def _profiles(limits: Limits, context: int, max_tokens: int | None) -> tuple[Pro
     return Profile("decode", batch, one, capacity, one), prefill
 
 
-def weights_of(lowered: Lowered) -> dict[str, Weight]:
+def weights_of(lowered: Lowered | LoweredExperts) -> dict[str, Weight]:
     """What engine.json says of a part's float matrices, by name."""
-    inputs = {value.name: value for value in lowered.model.graph.inputs}
+    if isinstance(lowered, LoweredExperts):
+        dtypes: dict[str | None, str] = dict.fromkeys(lowered.weights, lowered.call.dtype)
+    else:
+        dtypes = {
+            value.name: _NAMES[value.dtype] for value in lowered.model.graph.inputs if value.name in lowered.weights
+        }
     return {
         name: Weight(
             name=name,
@@ -285,7 +294,7 @@ def weights_of(lowered: Lowered) -> dict[str, Weight]:
             offset=tensor.offset or 0,
             size=tensor.length or tensor.nbytes,
             stored=_NAMES[tensor.dtype],  # type: ignore[arg-type]
-            dtype=_NAMES[inputs[name].dtype],  # type: ignore[arg-type]
+            dtype=dtypes[name],  # type: ignore[arg-type]
             shape=tuple(int(dim) for dim in tensor.shape),
         )
         for name, tensor in lowered.weights.items()

@@ -23,12 +23,11 @@ from mythos_export import overloads
 from mythos_export.build.bodies import choose_bodies, input_names, matrix_of, split_linears
 from mythos_export.build.dialect import to_old_parser
 from mythos_export.build.initializers import integers
-from mythos_export.build.parts import Part, cut_at_experts, has_experts
+from mythos_export.build.parts import Experts, Part, cut_at_experts, has_experts
 from mythos_export.build.quantized import lower_quantized, scale_outside
 from mythos_export.build.stages import split
-from mythos_export.build.sums import products_to_sums
 from runtimes.bundle import Graph
-from runtimes.engines import NEW_KV, PAST_KV
+from runtimes.engines import NEW_KV, PAST_KV, ExpertsCall
 from runtimes.errors import BackendError
 
 DTYPES = {
@@ -55,6 +54,15 @@ class Lowered:
     weights: dict[str, ir.ExternalTensor]
 
 
+@dataclass(frozen=True)
+class LoweredExperts:
+    """Experts as a part of a stage: a call of the CUDA kernels, no graph. weights: the tensors it reads, as the bundle stores
+    them."""
+
+    call: ExpertsCall
+    weights: dict[str, ir.ExternalTensor]
+
+
 def lower(
     folder: Path,
     graph: Graph,
@@ -63,24 +71,48 @@ def lower(
     form: str,
     sizes: Mapping[str, int] | None = None,
     old_parser: bool = False,
-) -> list[Lowered]:
+) -> list[Lowered | LoweredExperts]:
     """Lowers a graph of the bundle in folder; returns the parts of its stages in the order they run (see stages.split).
 
     dtype: of the matrices and the cache, "float32", "float16" or "bfloat16"; norms, router, halting and sums stay float32. form:
     FEW_TOKENS or MANY_TOKENS of mythos_export.overloads. sizes: of dimensions that are the same in every step, by name. old_parser:
-    for TensorRT before 10; float16 is the dtype of experts alone then, where there are any (see cut_at_experts). Raises
-    BackendError for a bundle whose graph holds no bodies for engine builders.
+    for TensorRT before 10; float16 and bfloat16 are the dtype of experts alone then, where there are any, and CUDA kernels compute
+    those (see cut_at_experts). Raises BackendError for a bundle whose graph holds no bodies for engine builders.
     """
     model = ir.load(folder / graph.file)
     kind = DTYPES[dtype]
-    cut = old_parser and kind == ir.DataType.FLOAT16 and has_experts(model)
+    cut = old_parser and kind != ir.DataType.FLOAT and has_experts(model)
     choose_bodies(model, form)
-    parts = {name: cut_at_experts(stage, kind) if cut else [Part(stage, kind)] for name, stage in split(model).items()}
-    return [
-        Lowered(stage, number, *_lower_part(part, sizes or {}, old_parser))
-        for stage, of_stage in parts.items()
-        for number, part in enumerate(of_stage)
-    ]
+    lowered: list[Lowered | LoweredExperts] = []
+    for name, stage in split(model).items():
+        for number, part in enumerate(cut_at_experts(stage) if cut else [Part(stage, kind)]):
+            if isinstance(part, Experts):
+                lowered.append(_lower_experts(part, name, number, form, dtype))
+            else:
+                lowered.append(Lowered(name, number, *_lower_part(part, sizes or {}, old_parser)))
+    return lowered
+
+
+def _lower_experts(experts: Experts, stage: str, part: int, form: str, dtype: str) -> LoweredExperts:
+    values = {name: getattr(experts, name).name for name in ("normed", "chosen", "weight", "mixed")}
+    stacks = {name: value.name or "" for name, value in experts.stacks.items()}
+    tensors = {name: value.const_value for name, value in experts.stacks.items()}
+    routed, dim, expert_dim = (int(size) for size in tensors["down_routed"].shape)
+    shared = int(tensors["down_shared"].shape[0]) if "down_shared" in stacks else 0
+    call = ExpertsCall(
+        stage=stage,  # type: ignore[arg-type]
+        part=part,
+        form=form,  # type: ignore[arg-type]
+        **values,
+        **{"gate_up_shared": None, "down_shared": None, **stacks},  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        dim=dim,
+        expert_dim=expert_dim,
+        top_k=experts.top_k,
+        routed=routed,
+        shared=shared,
+    )
+    return LoweredExperts(call, {stacks[name]: tensor for name, tensor in tensors.items()})
 
 
 def _lower_part(
@@ -104,9 +136,6 @@ def _lower_part(
         weights.pop(value.name or "", None)
     _check_standard(model)
     scale_outside(model)
-    if old_parser and dtype == ir.DataType.FLOAT16:
-        products_to_sums(model)
-        passes.RemoveUnusedNodesPass()(model)
     if old_parser:
         to_old_parser(model)
     _forget_untyped(model)

@@ -1,9 +1,10 @@
 """Cuts a stage where its experts begin and end.
 
-For TensorRT 8.6: it gives all inputs of a plan's compiled part one float type and copies those that come in another, matrices
-included, in every step. Experts in float16 are therefore parts of their own, between parts in float32.
+For TensorRT before 10: 8.6 widens float16 stacks to float32 in memory wherever a plan holds anything else or is for many tokens.
+Experts in float16 or bfloat16 are therefore no plan at all but calls of the CUDA kernels, between parts in float32.
 
-What a part hands on to those after it is PASSED in runtimes.engines. Dimensions: batch, seq, tokens = batch * seq; D dim, K top_k.
+What a part hands on to those after it is PASSED in runtimes.engines. Dimensions: batch, seq, tokens = batch * seq; D dim, K top_k,
+E experts of a stack, F expert_dim.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from mythos_export.build.bodies import input_names, matrix_of
+from mythos_export.build.bodies import PARTS, input_names
 from runtimes.engines import PASSED
 from runtimes.errors import BackendError
 
@@ -31,13 +32,17 @@ class Part(NamedTuple):
     dtype: ir.DataType
 
 
-class _Call(NamedTuple):
-    """A mixture's values of the names _BORDER: normed [tokens, D], chosen and weight [tokens, K], mixed [tokens, D]."""
+class Experts(NamedTuple):
+    """The experts of a mixture: its values of the names _BORDER, normed [tokens, D], chosen and weight [tokens, K], mixed
+    [tokens, D]; and the stacks that they read, stored in the bundle's weights, by name of the body's input: gate_up_routed and
+    gate_up_shared [E, 2F, D], down_routed and down_shared [E, D, F]."""
 
     normed: ir.Value
     chosen: ir.Value
     weight: ir.Value
     mixed: ir.Value
+    top_k: int
+    stacks: dict[str, ir.Value]
 
     @property
     def given(self) -> list[ir.Value]:
@@ -50,28 +55,24 @@ def has_experts(model: ir.Model) -> bool:
     return any(node.op_type.endswith(_EXPERTS) for node in ir.traversal.RecursiveGraphIterator(model.graph))
 
 
-def cut_at_experts(stage: ir.Model, dtype: ir.DataType) -> list[Part]:
-    """A stage as parts in the order they run: experts in dtype, everything else in float32. The stage itself is used up.
+def cut_at_experts(stage: ir.Model) -> list[Part | Experts]:
+    """A stage as parts in the order they run: experts, and everything else in float32. The stage itself is used up.
 
     Raises BackendError for a graph that is not laid out as expected.
     """
     if not has_experts(stage):
         return [Part(stage, ir.DataType.FLOAT)]
-    calls = _inline_calls(stage, dtype)
-    return _Cut(stage, calls).parts(dtype)
+    return _Cut(stage, _inline_calls(stage)).parts()
 
 
-def _inline_calls(stage: ir.Model, dtype: ir.DataType) -> list[_Call]:
+def _inline_calls(stage: ir.Model) -> list[Experts]:
     """Puts the mixtures' bodies in the place of the calls."""
     sizes = []
     for node in [node for node in stage.graph if node.op_type.endswith(_EXPERTS)]:
-        for name, value in zip(input_names(stage, node), node.inputs, strict=True):
-            if value is not None and matrix_of(name) in _STACKS:
-                value.type = ir.TensorType(dtype)
         x = node.inputs[0]
         if x is None or x.shape is None:
             raise BackendError(f"{node.name}: its input has no shape; export the checkpoint again")
-        sizes.append((x.shape[2], node.attributes["top_k"].as_int()))
+        sizes.append((x.shape[2], node.attributes["top_k"].as_int(), _stacks(stage, node)))
     for function in stage.functions.values():
         if function.name.endswith(_EXPERTS):
             for node in function:
@@ -84,13 +85,32 @@ def _inline_calls(stage: ir.Model, dtype: ir.DataType) -> list[_Call]:
         name, _, index = node.metadata_props.get(_TAG, "").partition(" ")
         if name:
             found[name].append(node.outputs[int(index)])
-    calls = [_Call(*values) for values in zip(*found.values(), strict=True)]
-    for call, (dim, top_k) in zip(calls, sizes, strict=True):
+    calls = []
+    for values, (dim, top_k, stacks) in zip(zip(*found.values(), strict=True), sizes, strict=True):
+        normed, chosen, weight, mixed = values
+        call = Experts(normed, chosen, weight, mixed, top_k, stacks)
+        calls.append(call)
         _describe(call.normed, ir.DataType.FLOAT, dim)
         _describe(call.chosen, ir.DataType.INT64, top_k)
         _describe(call.weight, ir.DataType.FLOAT, top_k)
         _describe(call.mixed, ir.DataType.FLOAT, dim)
     return calls
+
+
+def _stacks(stage: ir.Model, node: ir.Node) -> dict[str, ir.Value]:
+    given = dict(zip(input_names(stage, node), node.inputs, strict=True))
+    stacks: dict[str, ir.Value] = {}
+    for name in [f"{stack}_{part}" for part in PARTS for stack in _STACKS]:
+        value = given.get(name)
+        if value is None and name.endswith(PARTS[1]):
+            continue  # no shared experts
+        tensor = None if value is None else value.const_value
+        if value is None or not isinstance(tensor, ir.ExternalTensor) or not tensor.dtype.is_floating_point():
+            raise BackendError(
+                f"{node.name}: {name} is no stack of floats among the bundle's weights; export the checkpoint again"
+            )
+        stacks[name] = value
+    return stacks
 
 
 def _describe(value: ir.Value, dtype: ir.DataType, width: int | ir.SymbolicDim) -> None:
@@ -100,7 +120,7 @@ def _describe(value: ir.Value, dtype: ir.DataType, width: int | ir.SymbolicDim) 
 class _Cut:
     """A stage whose mixtures are inlined, ready to be taken apart."""
 
-    def __init__(self, stage: ir.Model, calls: list[_Call]) -> None:
+    def __init__(self, stage: ir.Model, calls: list[Experts]) -> None:
         self._stage, self._graph, self._calls = stage, stage.graph, calls
         nodes = list(self._graph)
         at = {node: index for index, node in enumerate(nodes)}
@@ -121,12 +141,11 @@ class _Cut:
         made = self._part_of.get(_producer(value))
         return made is not None and any(self._part_of.get(node, made) > made for node, _ in value.uses())
 
-    def parts(self, dtype: ir.DataType) -> list[Part]:
+    def parts(self) -> list[Part | Experts]:
         """Plain parts and experts in turn."""
-        parts = []
+        parts: list[Part | Experts] = []
         for number, call in enumerate(self._calls):
-            parts.append(Part(self._plain(number), ir.DataType.FLOAT))
-            parts.append(Part(self._extract(call.given, [call.mixed]), dtype))
+            parts += [Part(self._plain(number), ir.DataType.FLOAT), call]
         return [*parts, Part(self._plain(len(self._calls)), ir.DataType.FLOAT)]
 
     def _plain(self, number: int) -> ir.Model:
@@ -152,7 +171,7 @@ def _producer(value: ir.Value) -> ir.Node:
     return node
 
 
-def _between(call: _Call) -> set[ir.Node]:
+def _between(call: Experts) -> set[ir.Node]:
     """The experts' own nodes."""
     found: set[ir.Node] = set()
     wanted = [call.mixed]

@@ -63,7 +63,7 @@ def build(
     """Build a TensorRT engine of a bundle, on the GPU it is to run on."""
     from mythos_export.report import engines_report, progress_bar, size
     from runtimes.bundle import open_bundle
-    from runtimes.engines import engine_summaries, engine_summary
+    from runtimes.engine_folder import engine_summaries, engine_summary
 
     if list_only:
         listed = engine_summaries(*open_bundle(bundle))

@@ -1,0 +1,137 @@
+"""The CUDA kernels' library in numpy, on fake_cuda: C functions that read their arguments as the header lays them out.
+
+Shape letters: T tokens, D dim, K top_k, E routed and s shared experts, F expert_dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from fake_cuda import ALIGNMENT, FakeCuda
+
+from runtimes import cuda_kernels
+from runtimes.dtypes import STORAGE, convert
+
+VERSION = 1
+DTYPES = ("float32", "float16", "bfloat16")
+_LAYOUT = struct.Struct("@Ii6i8PPQ")  # of mythos_cuda_experts: size, dtype, sizes, addresses, workspace and its bytes
+_REFUSED = 999
+
+
+class Call(NamedTuple):
+    """mythos_cuda_experts."""
+
+    size: int
+    dtype: int
+    tokens: int
+    dim: int
+    expert_dim: int
+    top_k: int
+    routed: int
+    shared: int
+    normed: int
+    chosen: int
+    weight: int
+    gate_up_routed: int
+    down_routed: int
+    gate_up_shared: int
+    down_shared: int
+    mixed: int
+    workspace: int
+    workspace_bytes: int
+
+
+def mixed(
+    normed: np.ndarray,
+    chosen: np.ndarray,
+    weight: np.ndarray,
+    routed: tuple[np.ndarray, np.ndarray],
+    shared: tuple[np.ndarray, np.ndarray] | None,
+) -> np.ndarray:
+    """Of normed [T, D], chosen and weight [T, K], the stacks gate_up [E, 2F, D] and down [E, D, F] of each kind: [T, D] float32."""
+    out = np.zeros(normed.shape, np.float64)
+    for token, x in enumerate(normed.astype(np.float64)):
+        for expert, share in zip(chosen[token], weight[token], strict=True):
+            out[token] += share * _expert(x, routed[0][expert], routed[1][expert])
+        for gate_up, down in zip(*(shared or ((), ())), strict=True):
+            out[token] += _expert(x, gate_up, down)
+    return out.astype(np.float32)
+
+
+def _expert(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    gate, up = np.split(gate_up.astype(np.float64) @ x, 2)
+    return down.astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up)
+
+
+class FakeCudaKernels:
+    """Takes the place of the loaded library. calls: launches so far, those that a CUDA graph recorded once. refuses: makes launches
+    fail."""
+
+    def __init__(self, cuda: FakeCuda, version: int = VERSION) -> None:
+        self.cuda, self.calls, self.refuses = cuda, list[Call](), False
+        function, address = ctypes.CFUNCTYPE, ctypes.c_void_p
+        self.mythos_cuda_version = function(ctypes.c_uint32)(lambda: version)
+        self.mythos_cuda_experts_workspace = function(ctypes.c_uint64, address)(lambda at: _bytes(_read(at)))
+        self.mythos_cuda_experts_launch = function(ctypes.c_int32, address, address)(self._launch)
+        self._text = ctypes.create_string_buffer(b"no kernel image is available")
+        self.mythos_cuda_error = function(address, ctypes.c_int32)(lambda _: ctypes.addressof(self._text))
+
+    def _launch(self, at: int, stream: int) -> int:
+        call = _read(at)
+        self.calls.append(call)
+        aligned = all(address % ALIGNMENT == 0 for address in call[_ADDRESSES])
+        if self.refuses or not aligned or call.tokens < 1 or call.workspace_bytes < _bytes(call):
+            return _REFUSED
+        self.cuda.put(stream, lambda: self._run(call))
+        return 0
+
+    def _run(self, call: Call) -> None:
+        self.cuda.check(call.workspace, _bytes(call), "device")
+        pairs = (call.tokens, call.top_k)
+        result = mixed(
+            self._array(call.normed, (call.tokens, call.dim)),
+            self._array(call.chosen, pairs, "int32"),
+            self._array(call.weight, pairs),
+            self._stacks(call, call.gate_up_routed, call.down_routed, call.routed),
+            self._stacks(call, call.gate_up_shared, call.down_shared, call.shared) if call.shared else None,
+        )
+        self._array(call.mixed, result.shape)[...] = result
+
+    def _stacks(self, call: Call, gate_up: int, down: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
+        dtype, shape = DTYPES[call.dtype], (experts, call.dim, call.expert_dim)
+        turned = (experts, 2 * call.expert_dim, call.dim)
+        first, second = self._array(gate_up, turned, dtype), self._array(down, shape, dtype)
+        return convert(first, dtype, "float32"), convert(second, dtype, "float32")
+
+    def _array(self, address: int, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(STORAGE[dtype]).itemsize
+        self.cuda.check(address, size, "device")
+        raw = (ctypes.c_uint8 * size).from_address(address)
+        return np.ctypeslib.as_array(raw).view(STORAGE[dtype]).reshape(shape)
+
+
+_ADDRESSES = slice(Call._fields.index("normed"), Call._fields.index("workspace_bytes"))
+
+
+def _read(at: int) -> Call:
+    call = Call(*_LAYOUT.unpack(ctypes.string_at(at, _LAYOUT.size)))
+    assert call.size == _LAYOUT.size
+    return call
+
+
+def _bytes(call: Call) -> int:
+    """What the fake asks for: the activated rows of every token's experts."""
+    return 4 * call.tokens * (call.top_k + call.shared) * call.expert_dim
+
+
+def install_kernels(monkeypatch: Any, cuda: FakeCuda, version: int = VERSION) -> FakeCudaKernels:
+    """Puts a fake library where the real one is loaded."""
+    fake = FakeCudaKernels(cuda, version)
+    monkeypatch.setattr(cuda_kernels, "_open", lambda _: fake)
+    monkeypatch.setattr(cuda_kernels, "LIBRARY", Path(__file__))  # a file that is there
+    cuda_kernels.find.cache_clear()
+    return fake
