@@ -11,7 +11,7 @@ from typing import Any
 from mythos_export import __version__, footprint
 from mythos_export.bench import cpu_name
 from mythos_export.config import ModelConfig
-from runtimes import cuda, native_operators, tensorrt_api
+from runtimes import cuda, cuda_kernels, native_operators, tensorrt_api
 from runtimes.bundle import open_bundle
 from runtimes.engine_folder import engine_summaries
 from runtimes.errors import BackendError
@@ -74,6 +74,7 @@ def doctor() -> dict[str, Any]:
         "export": "pip install 'mythos-export[export]'",
         "compare with the reference": "pip install 'mythos-export[export]' and pip install --no-deps open-mythos==0.5.0",
     }
+    no_kernels = cuda_kernels.problem()
     engines = {f"run engines of {backend}": _engine_problem(backend) for backend in tensorrt_api.BACKENDS}
     return {
         "mythos_export": __version__,
@@ -84,9 +85,11 @@ def doctor() -> dict[str, Any]:
         "onnxruntime_providers": providers,
         "native_operators": None if problem else native_operators.instruction_set(),
         "native_library": None if problem else str(native_operators.LIBRARY),
+        "cuda_kernels": None if no_kernels else str(cuda_kernels.LIBRARY),
         "can": can | {task: found is None for task, found in engines.items()},
         "missing": {task: fixes[task] for task, ok in can.items() if not ok}
         | ({"native operators": problem} if problem else {})
+        | ({"CUDA kernels": no_kernels} if no_kernels else {})
         | {task: found for task, found in engines.items() if found},
     }
 

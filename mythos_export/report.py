@@ -347,11 +347,13 @@ def doctor_report(plain: dict[str, Any], brief: bool = False) -> str:
         native = f"{plain['native_operators']}, loaded from {plain['native_library']}"
     else:
         native = f"none, the portable bodies run: {plain['missing']['native operators']}"
+    kernels = plain["cuda_kernels"] or f"none: {plain['missing']['CUDA kernels']}"
     packages = [[name, version or "missing"] for name, version in plain["packages"].items()]
     return (
         f"mythos-export {plain['mythos_export']}, Python {plain['python']}, {plain['cpu']}\n{plain['platform']}\n"
         + markdown_table(["package", "version"], packages)
         + f"\nnative operators: {native}"
+        + f"\nCUDA kernels: {kernels}"
         + f"\nonnxruntime providers: {', '.join(plain['onnxruntime_providers']) or 'none'}\n"
         + "\n".join(can)
     )

@@ -158,7 +158,10 @@ def test_inspect_and_doctor(bundle: Path) -> None:
         assert health["can"][task] is (task not in health["missing"])
     assert health["packages"]["onnxruntime"]
     assert bool(health["native_operators"]) is ("native operators" not in health["missing"])
-    assert "✓ export" in run("doctor").stdout
+    assert bool(health["cuda_kernels"]) is ("CUDA kernels" not in health["missing"])
+    shown = run("doctor").stdout
+    assert "✓ export" in shown
+    assert "CUDA kernels: " in shown
 
 
 def test_counts_match_the_model(bundle: Path, shakespeare: Path) -> None:
