@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from fake_tensorrt import make_plan
 
-from runtimes.bundle import open_bundle
+from runtimes.bundle import Graph, open_bundle
 from runtimes.engine_folder import EngineWriter
 from runtimes.engines import FORMAT_VERSION, Engine, ExpertsCall, Passed, Plan, Profile, Range, Weight, engine_key
 from runtimes.folder_writer import FileEntry
@@ -46,8 +45,7 @@ def add_engine(
     with EngineWriter(bundle, key) as writer:
         for form, most in forms:
             profiles = _profiles(form, max_context or graph.max_seq_len)
-            sha256 = manifest.files[graph.file].sha256
-            for part in _parts(bundle, sha256, dtype, form, integers, old_parser):
+            for part in _parts(bundle, dtype, form, integers, old_parser):
                 weights.update({weight.name: weight for weight in part.weights})
                 if part.call is not None:
                     calls.append(part.call)
@@ -116,15 +114,26 @@ class _Part(NamedTuple):
     inputs: tuple[tuple[str, Dims], ...] = ()  # but the weights
 
 
-@cache
-def _parts(bundle: Path, sha256: str, dtype: str, form: str, integers: str, old_parser: bool) -> list[_Part]:
-    """The parts of a form; sha256: of the bundle's graph."""
+_LOWERED: dict[tuple[object, ...], list[_Part]] = {}  # by what they are made of: copies of a bundle share them
+
+
+def _parts(bundle: Path, dtype: str, form: str, integers: str, old_parser: bool) -> list[_Part]:
+    """The parts of a form."""
+    _, manifest = open_bundle(bundle)
+    graph = manifest.graphs[0]
+    made_of = tuple(manifest.files[name].sha256 for name in (graph.file, *graph.weights))
+    key = (made_of, dtype, form, integers, old_parser)
+    if key not in _LOWERED:
+        _LOWERED[key] = _lowered(bundle, graph, dtype, form, integers, old_parser)
+    return _LOWERED[key]
+
+
+def _lowered(bundle: Path, graph: Graph, dtype: str, form: str, integers: str, old_parser: bool) -> list[_Part]:
     import onnx_ir as ir  # which a machine that runs real engines need not have
 
     from mythos_export.build.engine import passes_of, weights_of
     from mythos_export.build.lower import LoweredExperts, lower
 
-    graph = open_bundle(bundle)[1].graphs[0]
     sizes = {"seq": 1, "k": 1} if form == "few_tokens" else {}
     parts = []
     for lowered in lower(bundle, graph, dtype, form=form, sizes=sizes, old_parser=old_parser):

@@ -56,7 +56,7 @@ def test_a_layer_report_is_part_of_an_engine(engine: Path, own_bundle: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"format_version": 1}, "format version 1, this release reads 3"),
+        ({"format_version": 1}, "format version 1, this release reads 4"),
         ({"format": "mythos-bundle"}, '"format" is not "mythos-engine"'),
         ({"plans": ()}, "contradicts itself: it has no plans for many tokens"),
         ({"compute_capabilities": ("sm90",)}, "contradicts itself: its compute capabilities"),
