@@ -63,9 +63,10 @@ def build_engine(
     """Builds an engine of a bundle into its engines/ folder.
 
     backend: "tensorrt" or "tensorrt-rtx". dtype: of matrices and cache, one of float32, float16, bfloat16 (default: the bundle's;
-    of a quantized bundle float16, or float32 before TensorRT 10). limits: default Limits(). force: replace an engine of that key.
+    of a quantized bundle float16, or float32 before TensorRT 10); before TensorRT 10, of the experts alone where there are any,
+    which CUDA kernels compute unless it is float32. limits: default Limits(). force: replace an engine of that key.
     Where the GPU is at hand, the engine's results are held against onnxruntime's before it stays; see check_engine.
-    Raises BackendError where TensorRT or the GPU is missing, the graph is refused or results are wrong, InputError for limits that
+    Raises BackendError where TensorRT, the GPU or the CUDA kernels are missing, the graph is refused or results are wrong, InputError for limits that
     make no sense, BundleError for a damaged bundle or an engine that exists.
     """
     library = tensorrt_api.find(backend)

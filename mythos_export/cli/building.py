@@ -26,7 +26,8 @@ def build(
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="Of matrices and cache; default the bundle's, of quantized ones float16 (float32 before TensorRT 10)."
+            help="Of matrices and cache (before TensorRT 10, of experts alone); default the bundle's, of quantized ones float16 "
+            "(float32 before TensorRT 10)."
         ),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Most sequences at once.")] = Limits.batch,
