@@ -108,9 +108,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     stage, part: what of a step it computes, and which piece of that, from 0 in the order they run. passes: what it hands on. form:
     "few_tokens" gathers the chosen experts of each token, "many_tokens" computes all experts (unless the CUDA kernels do); a model
-    without experts has only the latter. max_tokens: most new tokens (batch × seq) of a step it is meant for; None where only its profiles limit it.
-    profiles: in the engine's order. Those three are the same in all plans of a form. layers: file of the layer report.
-    activation_bytes: device memory of one execution context.
+    without experts has only the latter. max_tokens: most new tokens (batch × seq) of a step it is meant for; None where only its
+    profiles limit it. profiles: in the engine's order. Those three are the same in all plans of a form. layers: file of the layer
+    report. activation_bytes: device memory of one execution context.
     """
 
     file: str

@@ -66,8 +66,8 @@ def build_engine(
     of a quantized bundle float16, or float32 before TensorRT 10); before TensorRT 10, of the experts alone where there are any,
     which CUDA kernels compute unless it is float32. limits: default Limits(). force: replace an engine of that key.
     Where the GPU is at hand, the engine's results are held against onnxruntime's before it stays; see check_engine.
-    Raises BackendError where TensorRT, the GPU or the CUDA kernels are missing, the graph is refused or results are wrong, InputError for limits that
-    make no sense, BundleError for a damaged bundle or an engine that exists.
+    Raises BackendError where TensorRT, the GPU or the CUDA kernels are missing, the graph is refused or results are wrong,
+    InputError for limits that make no sense, BundleError for a damaged bundle or an engine that exists.
     """
     library = tensorrt_api.find(backend)
     options, limits = options or Options(), limits or Limits()
