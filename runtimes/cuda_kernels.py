@@ -56,11 +56,18 @@ class CudaKernels:
         self._error.argtypes, self._error.restype = [ctypes.c_int32], ctypes.c_char_p
 
     def workspace_bytes(self, engine: Engine) -> int:
-        """Device memory that the engine's calls need for the largest steps of its profiles, one call at a time."""
+        """Device memory that the engine's calls need for the largest steps of its profiles, one call at a time. Raises BackendError
+        for sizes that the kernels do not take."""
         return max((self._bytes(call, _most_tokens(engine, call.form)) for call in engine.experts), default=0)
 
     def _bytes(self, call: ExpertsCall, tokens: int) -> int:
-        return int(self._workspace(ctypes.byref(_of_call(call, tokens))))
+        size = int(self._workspace(ctypes.byref(_of_call(call, tokens))))
+        if not size:
+            raise BackendError(
+                f"the CUDA kernels take no step of {tokens} tokens, {call.top_k} of {call.routed} and {call.shared} shared experts "
+                "each; build the engine with a smaller --max-batch or --max-seq, or with --dtype float32"
+            )
+        return size
 
     def launch(self, experts: _Experts, stream: cuda.Stream) -> None:
         """Puts a call on a stream. Raises BackendError where CUDA refuses it."""

@@ -188,6 +188,11 @@ def test_the_real_library_reads_what_is_written(half: Path) -> None:
         kernels, made = cuda_kernels.find(), read_engine(half)
         (few, many) = ([call for call in made.experts if call.form == form] for form in ("few_tokens", "many_tokens"))
         sizes = [kernels.workspace_bytes(msgspec.structs.replace(made, experts=tuple(calls))) for calls in (few, many)]
+        impossible = msgspec.structs.replace(many[0], top_k=2**30)
+        with pytest.raises(
+            BackendError, match=r"take no step of .*, 1073741824 of 8 .* smaller --max-batch or --max-seq"
+        ):
+            kernels.workspace_bytes(msgspec.structs.replace(made, experts=(impossible,)))
     cuda_kernels.find.cache_clear()
     assert 0 < sizes[0] <= sizes[1] < 2**30
 
