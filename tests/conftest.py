@@ -36,7 +36,8 @@ def shakespeare() -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint with a dynamic loop count of up to 12."""
-    from mythos_export.export import export_bundle  # needs torch; tests of the Runner alone do without
+    pytest.importorskip("torch", reason="needs torch to export a bundle; tests of the Runner alone do without")
+    from mythos_export.export import export_bundle
 
     target = tmp_path_factory.mktemp("tiny") / "bundle"
     export_bundle(shakespeare, target, max_loops=12)
@@ -46,6 +47,7 @@ def tiny_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def fixed_bundle(shakespeare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped checkpoint with its 4 loops unrolled."""
+    pytest.importorskip("torch", reason="needs torch to export a bundle")
     from mythos_export.export import export_bundle
 
     target = tmp_path_factory.mktemp("fixed") / "bundle"
