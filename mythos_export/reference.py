@@ -63,6 +63,9 @@ def reference_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     return model.eval()
 
 
+_DROPPED = ("quantization_config",)  # of config.json: its tensors are read as floats
+
+
 class _Transformers:
     """A model of transformers, called as open-mythos's is; n_loops means nothing to it."""
 
@@ -70,7 +73,8 @@ class _Transformers:
         if not is_available(checkpoint):
             raise ReferenceMissingError("the reference model is not installed; run: pip install transformers")
         transformers = importlib.import_module("transformers")
-        fields = {name: value for name, value in msgspec.to_builtins(checkpoint.settings).items() if value is not None}
+        settings = msgspec.to_builtins(checkpoint.settings)
+        fields = {name: value for name, value in settings.items() if value is not None and name not in _DROPPED}
         head, _ = checkpoint.family.tied(checkpoint.settings) or ("", "")
         state = {name: tensor.contiguous() for name, tensor in state.items() if name != head}
         model_class = getattr(transformers, checkpoint.settings.architectures[0])

@@ -230,7 +230,7 @@ def edit(path: Path, **fields: Any) -> None:
         ({"architectures": "MixtralForCausalLM"}, CheckpointError, "architectures is MixtralForCausalLM; expected one of"),
         ({"architectures": ["MistralForCausalLM"]}, CheckpointError, r"missing: model\.layers\.0\.mlp\.gate_proj"),
         ({"hidden_act": "gelu"}, ConfigError, 'hidden_act is "gelu"; expected "silu"'),
-        ({"attention_bias": True}, ConfigError, "attention_bias is true; matrices with biases are not supported"),
+        ({"attention_bias": True}, ConfigError, "attention_bias is true; expected false, as Mixtral"),
         ({"quantization_config": {"bits": 4}}, ConfigError, "the checkpoint is quantized already; export the float one"),
         ({"rope_parameters": {"rope_type": "longrope"}}, ConfigError, "rope scaling .*longrope"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, ConfigError, "factor is 0.5; expected at least 1"),
@@ -292,6 +292,6 @@ def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     app(["inspect", "--families", "--json"], standalone_mode=False)
     listed = json.loads(capsys.readouterr().out)
     assert {name for family in listed for name in family["architectures"]} == {
-        "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"
+        "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
     }  # fmt: skip
     assert "myth_1b" in [name for family in listed for name in family["variants"]]
