@@ -140,6 +140,23 @@ class Settings(hugging_face.Settings, frozen=True, kw_only=True):
         return [index >= first and index % every == 0 for index in range(self.num_hidden_layers)]
 
 
+_YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+_HEADS: dict[str, Any] = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+VARIANTS = {
+    "deepseek_v2_lite": Settings(
+        architectures=(V2,), vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+        num_hidden_layers=27, num_attention_heads=16, n_routed_experts=64, num_experts_per_tok=6, first_k_dense_replace=1,
+        q_lora_rank=None, max_position_embeddings=163840, rope_scaling={**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        **_HEADS,
+    ),
+    "deepseek_v3": Settings(
+        architectures=(V3,), vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
+        num_hidden_layers=61, num_attention_heads=128, n_routed_experts=256, num_experts_per_tok=8, q_lora_rank=1536,
+        max_position_embeddings=163840, rope_scaling={**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, **_HEADS,
+    ),
+}  # fmt: skip
+
+
 def model_config(settings: Settings) -> ModelConfig:
     attention = LatentAttentionConfig(
         settings.num_attention_heads,
@@ -277,6 +294,6 @@ FAMILY = hugging_face.family(
     model_config=model_config,
     tensor_shapes=tensor_shapes,
     pack=pack,
-    variants={},
+    variants=VARIANTS,
     leftover=_leftover,
 )

@@ -134,8 +134,8 @@ def _mix(
 OPERATOR = Operator(
     name="MixtureOfExperts",
     doc="Routed and shared SwiGLU experts on rms_norm(x), added to x (arXiv 2401.06066). Routed ones are chosen by logits, or "
-    "their sigmoid, plus router_bias (arXiv 2408.15664), where there are groups out of the best of them, and weighed by the softmax or "
-    "sigmoid of the logits without it. Router, scores and the sum are float32.",
+    "their sigmoid, plus router_bias (arXiv 2408.15664), where there are groups out of the best of them, and weighed by the "
+    "softmax or sigmoid of the logits without it. Router, scores and the sum are float32.",
     inputs=(
         ("x", "tensor(float)", "[batch, seq, dim]"),
         ("norm", "tensor(float)", "[dim]: weight of the RMSNorm"),
