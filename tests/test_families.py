@@ -89,7 +89,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek v3, best groups, biases, yarn": (
-        "DeepseekV3", {**DEEPSEEK, "n_group": 4, "topk_group": 2, "attention_bias": True, "rope_parameters": DEEPSEEK_YARN}
+        "DeepseekV3",
+        {
+            **DEEPSEEK, "n_group": 4, "topk_group": 2, "attention_bias": True, "rope_parameters": DEEPSEEK_YARN,
+            "rms_norm_eps": 1e-3,
+        },
     ),
     "deepseek v3, plain queries, pairs apart, not normalized": (
         "DeepseekV3",
@@ -270,7 +274,7 @@ def edit(path: Path, **fields: Any) -> None:
         ({"architectures": "MixtralForCausalLM"}, CheckpointError, "architectures is MixtralForCausalLM; expected one of"),
         ({"architectures": ["MistralForCausalLM"]}, CheckpointError, r"missing: model\.layers\.0\.mlp\.gate_proj"),
         ({"hidden_act": "gelu"}, ConfigError, 'hidden_act is "gelu"; expected "silu"'),
-        ({"attention_bias": True}, ConfigError, "attention_bias is true; expected false, as Mixtral"),
+        ({"attention_bias": True}, ConfigError, "attention_bias is true; expected false: biases are not"),
         ({"quantization_config": {"bits": 4}}, ConfigError, "the checkpoint is quantized already; export the float one"),
         ({"rope_parameters": {"rope_type": "longrope"}}, ConfigError, "rope scaling .*longrope"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, ConfigError, "factor is 0.5; expected at least 1"),

@@ -215,7 +215,7 @@ def test_a_random_checkpoint_is_transformers(tmp_path: Path) -> None:
         ("V3", {"topk_method": "greedy"}, 'topk_method is "greedy"; expected "noaux_tc" of DeepseekV3'),
         ("V3", {"scoring_func": "softmax"}, 'scoring_func is "softmax"; expected "sigmoid" of DeepseekV3'),
         ("V3", {"routed_scaling_factor": 0.0}, "the scale of the routed experts is 0.0; expected a number above 0"),
-        ("V3", {"mlp_bias": True}, "mlp_bias is true; expected false, as DeepseekV3"),
+        ("V3", {"mlp_bias": True}, "mlp_bias is true; expected false: biases are not supp"),
         ("V3", {"moe_layer_freq": 0}, "moe_layer_freq is 0; expected at least 1"),
         ("V3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; RoPE needs an even number"),
         ("V3", {"quantization_config": {"quant_method": "fp8"}}, "the checkpoint is quantized already; export the float"),
