@@ -51,7 +51,7 @@ def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "error"), [("int8", 0.15), ("w8a8", 0.2), ("int4,kv-int8", 0.9), ("int4-gptq", 0.9), ("int4-awq", 0.9)]
+    ("recipe", "error"), [("int8", 0.15), ("w8a8", 0.2), ("int4,kv-int8", 0.9), ("int4-gptq", 0.9)]
 )
 def test_quantized_bundles_run(v3: Path, tmp_path: Path, recipe: str, error: float) -> None:
     """With and without native operators."""
@@ -166,10 +166,9 @@ def test_what_only_training_needs_is_reported(v3: Path, tmp_path: Path, caplog: 
 
 def test_every_second_layer_a_mixture(tmp_path: Path) -> None:
     """moe_layer_freq, which transformers knows nothing of: its layers are put in place by hand, and it is no oracle by itself."""
-    fields = {**DEEPSEEK, "n_shared_experts": 1, "num_hidden_layers": 4}
+    fields = {**DEEPSEEK, "n_shared_experts": 1}
     model = save("DeepseekV2", tmp_path, **fields)
-    for index in (1, 3):
-        model.model.layers[index].mlp = modeling_deepseek_v2.DeepseekV2MLP(model.config)
+    model.model.layers[1].mlp = modeling_deepseek_v2.DeepseekV2MLP(model.config)
     model.save_pretrained(tmp_path, max_shard_size="1GB")
     (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
     edit(tmp_path / "config.json", moe_layer_freq=2)
