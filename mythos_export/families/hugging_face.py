@@ -68,7 +68,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f'hidden_act is "{self.hidden_act}"; expected "silu"')
         for name in ("attention_bias", "mlp_bias"):
             if getattr(self, name) and name not in self._defaults.biases:
-                raise ConfigError(f"{name} is true; expected false: biases are not supported in {self.architectures[0]}")
+                raise ConfigError(
+                    f"{name} is true; expected false: biases are not supported in {self.architectures[0]}"
+                )
         if self.quantization_config is not None and self.scaled_blocks is None:
             raise ConfigError(
                 "quantization_config: the checkpoint is quantized already; export the float one and use `mythos-export quantize`. "
