@@ -7,6 +7,7 @@ plain record; every other class in its pickle is refused by name. Tensors are ma
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,13 +24,14 @@ from torch import Tensor
 from mythos_export.config import ConfigError, ModelConfig
 from mythos_export.families import FAMILIES, Family, open_mythos
 from mythos_export.families.family import Pack
-from mythos_export.shards import INDEX, CheckpointError, LazyTensor, hash_of, open_tensors
+from mythos_export.shards import INDEX, CheckpointError, hash_of, open_tensors, with_scales
 from runtimes.bundle import Source
 from runtimes.folder_writer import sha256_of
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+|(?:_fsdp_wrapped_module|_orig_mod)\.")
 _FLOAT_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _LISTED = 20
+_log = logging.getLogger("mythos_export")
 
 
 class ConfigRecord:
@@ -42,7 +44,8 @@ class Checkpoint:
 
     settings: the family's own config. config: ours. get: a tensor by the family's name, in its stored dtype, mapped from
     the file. source: where it came from. tokenizer: a tokenizer.json found beside it, if any. family: what maps settings and names
-    onto ours. eos_token_ids: what ends a text, as generation_config.json or config.json says.
+    onto ours. eos_token_ids: what ends a text, as generation_config.json or config.json says. unread: tensors that only training
+    needs.
     """
 
     settings: Any
@@ -52,6 +55,7 @@ class Checkpoint:
     tokenizer: Path | None = None
     family: Family = open_mythos.FAMILY
     eos_token_ids: tuple[int, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def tensors(self, max_loops: int) -> dict[str, Pack]:
         """The Decoder's tensors, each as an iterator of pieces along its first dimension."""
@@ -197,6 +201,9 @@ def _checkpoint(
     config = _config(family, settings, str(path))
     tensors: dict[str, Any] = {}
     problems: list[str] = []
+    unread: list[str] = []
+    block = getattr(settings, "scaled_blocks", None)
+    raw = raw if block is None else with_scales(raw, block)
     for original, tensor in raw.items():
         name = _WRAPPERS.sub("", str(original))
         if family.ignored(name):
@@ -205,6 +212,9 @@ def _checkpoint(
             problems.append(f"twice: {name}")
         tensors[name] = tensor
     expected, tied = family.tensor_shapes(settings), family.tied(settings)
+    for name in [name for name in tensors if name not in expected and family.leftover(settings, name)]:
+        unread.append(name)
+        del tensors[name]
     if tied is not None:
         tensors.setdefault(tied[0], tensors.get(tied[1]))
     problems += [f"missing: {name} {list(shape)}" for name, shape in expected.items() if tensors.get(name) is None]
@@ -227,9 +237,12 @@ def _checkpoint(
             + more
         )
 
+    if unread:
+        _log.warning("%s: %d tensors that only training needs are not read, %s first", path, len(unread), unread[0])
+
     def get(name: str) -> Tensor:
         tensor = tensors[name]
-        return tensor.read() if isinstance(tensor, LazyTensor) else tensor
+        return tensor if isinstance(tensor, Tensor) else tensor.read()  # type: ignore[no-any-return]
 
     if tied is not None:
         head, embed = tied
@@ -238,7 +251,9 @@ def _checkpoint(
                 f"{path}: {head} differs from {embed}, but the model ties them; the checkpoint is inconsistent"
             )
     tokenizer = path.with_name("tokenizer.json")
-    return Checkpoint(settings, config, get, source, tokenizer if tokenizer.is_file() else None, family, eos_token_ids)
+    return Checkpoint(
+        settings, config, get, source, tokenizer if tokenizer.is_file() else None, family, eos_token_ids, tuple(unread)
+    )
 
 
 def _random(text: str) -> Checkpoint:

@@ -9,7 +9,7 @@ Cache slots, in order: one per prelude layer, one per loop layer and loop, one p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -34,8 +34,11 @@ def _require_positive(owner: msgspec.Struct, *names: str) -> None:
 class LatentAttentionConfig(msgspec.Struct, frozen=True, tag="latent", tag_field="kind", forbid_unknown_fields=True):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are expanded from one cached latent.
 
-    n_heads: query heads. q_lora_rank: width of the query's latent. kv_lora_rank: width of the cached latent.
-    qk_nope_head_dim, qk_rope_head_dim: unrotated and rotated part of a query head. v_head_dim: width of a value head.
+    n_heads: query heads. q_lora_rank: width of the query's latent, 0 where queries are projected without one. kv_lora_rank:
+    width of the cached latent. qk_nope_head_dim, qk_rope_head_dim: unrotated and rotated part of a query head. v_head_dim: width
+    of a value head. down_bias, out_bias: whether the first projection (down_split) and that of the output add a bias.
+    score_factor: of the scores, beside 1 / sqrt(size of a query head). norm_eps: epsilon of the latents' RMSNorm, None for the
+    model's.
     """
 
     n_heads: int
@@ -44,12 +47,34 @@ class LatentAttentionConfig(msgspec.Struct, frozen=True, tag="latent", tag_field
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    down_bias: bool = False
+    out_bias: bool = False
+    score_factor: float = 1.0
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, *self.__struct_fields__)
+        _require_positive(self, "n_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        _require(self.q_lora_rank >= 0, f"q_lora_rank is {self.q_lora_rank}; expected 0 or more")
+        _require(self.score_factor > 0, f"score_factor is {self.score_factor}; expected a number above 0")
         _require(
             self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE needs an even number"
         )
+
+    @property
+    def query_width(self) -> int:
+        """Numbers of all query heads of a token."""
+        return self.n_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+
+    @property
+    def down_split(self) -> tuple[int, int]:
+        """Outputs of the first projection: the query's latent, or the queries themselves, and the cached row."""
+        return self.q_lora_rank or self.query_width, self.cache_width
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores."""
+        head: int = self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.score_factor * float(head**-0.5)
 
     @property
     def cache_width(self) -> int:
@@ -64,13 +89,16 @@ class LatentAttentionConfig(msgspec.Struct, frozen=True, tag="latent", tag_field
 class GroupedQueryAttentionConfig(msgspec.Struct, frozen=True, tag="gqa", tag_field="kind", forbid_unknown_fields=True):
     """Grouped-query attention (arXiv 2305.13245): n_heads query heads share n_kv_heads key and value heads.
 
-    window: positions a token sees, itself included (sliding window, arXiv 2310.06825); 0 for all.
+    window: positions a token sees, itself included (sliding window, arXiv 2310.06825); 0 for all. qkv_bias, out_bias: whether the
+    projections of queries, keys and values, and of the output, add a bias.
     """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
     window: int = 0
+    qkv_bias: bool = False
+    out_bias: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "n_heads", "n_kv_heads", "head_dim")
@@ -92,33 +120,92 @@ class GroupedQueryAttentionConfig(msgspec.Struct, frozen=True, tag="gqa", tag_fi
 
 
 class DenseConfig(msgspec.Struct, frozen=True, tag="dense", tag_field="kind", forbid_unknown_fields=True):
-    """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x)) over hidden_dim channels."""
+    """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x)) over hidden_dim channels. bias: all three add one."""
 
     hidden_dim: int
+    bias: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "hidden_dim")
+
+
+SCORINGS = ("softmax", "sigmoid")
+
+
+class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which experts a token goes to, and with what weight. The router's bias takes part in the choice only (arXiv 2408.15664).
+
+    scoring: what an expert is weighed by: "softmax" of the logits, those that the bias is added to for the choice, or "sigmoid"
+    (DeepSeek-V3, arXiv 2412.19437), that the bias is added to. normalized: weights of the chosen are divided by their sum. scale:
+    of the weights. n_groups: equal runs of experts, of which top_k_groups may be chosen from (DeepSeek-V2, arXiv 2405.04434): those
+    with the largest sum of their best group_top_k.
+    """
+
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = True
+    scale: float = 1.0
+    n_groups: int = 1
+    top_k_groups: int = 1
+    group_top_k: int = 1
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "n_groups", "top_k_groups", "group_top_k")
+        _require(self.scale > 0, f"the scale of the routed experts is {self.scale}; expected a number above 0")
+        _require(
+            self.top_k_groups <= self.n_groups,
+            f"top_k_groups is {self.top_k_groups} but there are only {self.n_groups} groups; lower topk_group",
+        )
+
+    @property
+    def attributes(self) -> dict[str, int | float]:
+        """The same as numbers: attributes of the operator MixtureOfExperts, in their order."""
+        return {
+            "scoring": SCORINGS.index(self.scoring),
+            "normalized": int(self.normalized),
+            "scale": self.scale,
+            "n_groups": self.n_groups,
+            "top_k_groups": self.top_k_groups,
+            "group_top_k": self.group_top_k,
+        }
+
+    def check(self, n_experts: int, top_k: int) -> None:
+        """Raises ConfigError where so many experts cannot be grouped, or so many not be chosen."""
+        _require(
+            top_k <= n_experts, f"top_k is {top_k} but there are only {n_experts} experts; lower n_experts_per_tok"
+        )
+        _require(
+            n_experts % self.n_groups == 0,
+            f"n_experts is {n_experts} and n_groups {self.n_groups}; the first must be a multiple of the second",
+        )
+        group = n_experts // self.n_groups
+        _require(
+            self.group_top_k <= group,
+            f"a group is ranked by its best {self.group_top_k} experts, but holds {group}; lower n_group",
+        )
+        _require(
+            top_k <= self.top_k_groups * group,
+            f"top_k is {top_k}, but the {self.top_k_groups} groups chosen from hold {self.top_k_groups * group} experts; lower "
+            "num_experts_per_tok or raise topk_group",
+        )
 
 
 class MixtureOfExpertsConfig(msgspec.Struct, frozen=True, tag="moe", tag_field="kind", forbid_unknown_fields=True):
     """Routed SwiGLU experts (arXiv 2401.06066), top_k of n_experts a token, plus shared ones that see every token.
 
     expert_dim: hidden channels of an expert. n_shared_experts: shared ones of that size (a wider one is the sum of several, over
-    their channels).
+    their channels). routing: how the routed ones are chosen and weighed.
     """
 
     n_experts: int
     top_k: int
     expert_dim: int
     n_shared_experts: int = 0
+    routing: RoutingConfig = RoutingConfig()
 
     def __post_init__(self) -> None:
         _require_positive(self, "n_experts", "top_k", "expert_dim")
         _require(self.n_shared_experts >= 0, f"n_shared_experts is {self.n_shared_experts}; expected 0 or more")
-        _require(
-            self.top_k <= self.n_experts,
-            f"top_k is {self.top_k} but there are only {self.n_experts} experts; lower n_experts_per_tok",
-        )
+        self.routing.check(self.n_experts, self.top_k)
 
 
 AttentionConfig = LatentAttentionConfig | GroupedQueryAttentionConfig

@@ -64,18 +64,20 @@ class LayerSize:
 
 def _attention(name: str, dim: int, config: AttentionConfig) -> LayerSize:
     if isinstance(config, LatentAttentionConfig):
-        head = config.qk_nope_head_dim + config.qk_rope_head_dim
+        n_down = sum(config.down_split)
         matrices = {
-            "down.weight": dim * (config.q_lora_rank + config.cache_width),
-            "q_up.weight": config.q_lora_rank * config.n_heads * head,
+            "down.weight": dim * n_down,
+            "q_up.weight": config.q_lora_rank * config.query_width,
             "w_uk": config.n_heads * config.qk_nope_head_dim * config.kv_lora_rank,
             "w_uv": config.n_heads * config.v_head_dim * config.kv_lora_rank,
             "out.weight": config.n_heads * config.v_head_dim * dim,
         }
-        rest = config.q_lora_rank + config.kv_lora_rank
+        rest = config.q_lora_rank + config.kv_lora_rank + n_down * config.down_bias
     else:
         queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        matrices, rest = {"qkv.weight": dim * (queries + 2 * keys), "out.weight": queries * dim}, 0
+        n_qkv = queries + 2 * keys
+        matrices, rest = {"qkv.weight": dim * n_qkv, "out.weight": queries * dim}, n_qkv * config.qkv_bias
+    rest += dim * config.out_bias
     return LayerSize({f"{name}.attn.{part}": numbers for part, numbers in matrices.items()}, rest)
 
 
@@ -84,11 +86,12 @@ def layer_size(name: str, dim: int, layer: LayerConfig) -> LayerSize:
     attention, feed_forward = _attention(name, dim, layer.attention), layer.feed_forward
     rest = attention.rest + 2 * dim
 
-    def swiglu(hidden: int) -> dict[str, int]:
-        return {f"{name}.ffn.gate_up": 2 * dim * hidden, f"{name}.ffn.down": dim * hidden}
+    def swiglu(hidden: int, suffix: str = "") -> dict[str, int]:
+        return {f"{name}.ffn.gate_up{suffix}": 2 * dim * hidden, f"{name}.ffn.down{suffix}": dim * hidden}
 
     if isinstance(feed_forward, DenseConfig):
-        return LayerSize(attention.matrices | swiglu(feed_forward.hidden_dim), rest)
+        hidden, suffix = feed_forward.hidden_dim, ".weight" if feed_forward.bias else ""
+        return LayerSize(attention.matrices | swiglu(hidden, suffix), rest + (2 * hidden + dim) * feed_forward.bias)
     return LayerSize(
         attention.matrices | swiglu(feed_forward.expert_dim * feed_forward.n_shared_experts),
         rest + (dim + 1) * feed_forward.n_experts,

@@ -63,6 +63,16 @@ def reference_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     return model.eval()
 
 
+def _given(settings: Any) -> dict[str, Any]:
+    """The fields that config.json gives: null means none where its absence is an error, else the default. Not how tensors are
+    quantized: they are read as floats."""
+    asked_for = {field.name for field in msgspec.structs.fields(settings) if field.default is msgspec.UNSET}
+    fields = msgspec.to_builtins(settings).items()
+    given = {name: value for name, value in fields if value is not None or name in asked_for}
+    given.pop("quantization_config", None)
+    return given
+
+
 class _Transformers:
     """A model of transformers, called as open-mythos's is; n_loops means nothing to it."""
 
@@ -70,7 +80,7 @@ class _Transformers:
         if not is_available(checkpoint):
             raise ReferenceMissingError("the reference model is not installed; run: pip install transformers")
         transformers = importlib.import_module("transformers")
-        fields = {name: value for name, value in msgspec.to_builtins(checkpoint.settings).items() if value is not None}
+        fields = _given(checkpoint.settings)
         head, _ = checkpoint.family.tied(checkpoint.settings) or ("", "")
         state = {name: tensor.contiguous() for name, tensor in state.items() if name != head}
         model_class = getattr(transformers, checkpoint.settings.architectures[0])
@@ -79,7 +89,13 @@ class _Transformers:
             save_file(state, Path(folder, "model.safetensors"))
             config.save_pretrained(folder)
             transformers.utils.logging.disable_progress_bar()
-            self._model = model_class.from_pretrained(folder, attn_implementation="eager").eval()
+            model, report = model_class.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+        lost = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+        if lost:
+            raise ReferenceMissingError(
+                f"{version(checkpoint)} takes the checkpoint for another model ({lost[0]} is not in both), so it is no oracle"
+            )
+        self._model = model.eval()
 
     def __call__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from runtimes.folder_writer import sha256_of
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_FLOAT8, _SCALES = "F8_E4M3", "_scale_inv"
 
 
 class CheckpointError(MythosError, ValueError):
@@ -35,6 +37,50 @@ class LazyTensor:
 
     def read(self) -> Tensor:
         return self.file.get_tensor(self.name)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class ScaledTensor:
+    """A matrix [O, I] stored as float8 with a float32 factor for every block of it, [ceil(O / rows), ceil(I / columns)]; read as
+    float32 (DeepSeek-V3, arXiv 2412.19437)."""
+
+    values: LazyTensor
+    scales: LazyTensor
+    block: tuple[int, int]
+    dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def read(self) -> Tensor:
+        rows, columns = self.block
+        matrix, scales = self.values.read().float(), self.scales.read().float()
+        for index, factors in enumerate(scales):
+            part = matrix[index * rows : (index + 1) * rows]
+            part *= factors.repeat_interleave(columns)[: matrix.shape[1]]
+        return matrix
+
+
+def with_scales(tensors: Mapping[str, Any], block: tuple[int, int]) -> dict[str, Any]:
+    """The same with every float8 matrix NAME and its NAME_scale_inv as one ScaledTensor. Raises CheckpointError for a matrix
+    without scales, and for scales that do not fit their matrix."""
+    joined = dict(tensors)
+    for name, values in tensors.items():
+        scales = tensors.get(f"{name}{_SCALES}")
+        if getattr(values, "dtype", None) != _FLOAT8:
+            continue
+        if not isinstance(values, LazyTensor) or not isinstance(scales, LazyTensor):
+            raise CheckpointError(f"{name} is float8, but {name}{_SCALES} is not there; download the checkpoint again")
+        expected = tuple(-(-size // of) for size, of in zip(values.shape, block, strict=False))
+        if len(values.shape) != 2 or scales.shape != expected:
+            raise CheckpointError(
+                f"{name}{_SCALES} is {list(scales.shape)}, expected {list(expected)} for a matrix {list(values.shape)} in "
+                f"blocks of {block[0]} x {block[1]}"
+            )
+        joined[name] = ScaledTensor(values, scales, block)
+        del joined[f"{name}{_SCALES}"]
+    return joined
 
 
 class _Index(msgspec.Struct, frozen=True):

@@ -48,9 +48,9 @@ def one_node_model(operator: Operator, tensors: Sequence[torch.Tensor], attribut
             nodes.append(helper.make_node("Cast", [f"{name}_wide"], [name], to=kind))
         else:
             inputs.append(helper.make_tensor_value_info(name, kind, shape))
-    outs = [name for name, _, _ in operator.outputs]
+    outs, given = [name for name, _, _ in operator.outputs], {**operator.defaults, **attributes}
     overload = operator.overload_for(KINDS[tensor.dtype] for tensor in tensors)
-    nodes.append(helper.make_node(operator.name, names, outs, domain=ops.DOMAIN, overload=overload, **attributes))
+    nodes.append(helper.make_node(operator.name, names, outs, domain=ops.DOMAIN, overload=overload, **given))
     nodes += [helper.make_node("Cast", [name], [f"{name}_out"], to=TensorProto.FLOAT) for name in outs]
     outputs = [
         helper.make_tensor_value_info(
@@ -80,7 +80,8 @@ def in_torch(
 ) -> list[np.ndarray]:
     """The torch op's outputs as float64; double: computed so, from float32 inputs."""
     args = [tensor.double() if double and tensor.dtype == torch.float32 else tensor for tensor in tensors]
-    outputs = operator.torch_op(*args, *attributes.values())
+    given = {**operator.defaults, **attributes}
+    outputs = operator.torch_op(*args, *(given[name] for name in operator.attributes))
     return [output.double().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 

@@ -52,15 +52,25 @@ def test_tokens_are_pythons(both: tuple[CRunner, Runner]) -> None:
             assert stats.mean_exit_loop == pytest.approx(want.stats.mean_exit_loop)
 
 
-def test_a_model_without_a_loop_is_as_in_python(library: Library, tmp_path: Path) -> None:
+PLAIN = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_experts_per_tok": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+MIXTRAL = {
+    **PLAIN, "architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": 8,
+}  # fmt: skip
+DEEPSEEK = {
+    **PLAIN, "architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 8, "moe_intermediate_size": 24, "n_group": 4,
+    "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 24, "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8, "v_head_dim": 10, "attention_bias": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, DEEPSEEK], ids=["mixtral", "deepseek"])
+def test_a_model_without_a_loop_is_as_in_python(library: Library, tmp_path: Path, config: dict[str, object]) -> None:
     from mythos_export.export import export_bundle
 
-    plain = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "max_position_embeddings": 128}
-    (tmp_path / "config.json").write_text(
-        json.dumps({"architectures": ["MixtralForCausalLM"], **plain, **heads, **experts})
-    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
     export_bundle(f"random:{tmp_path / 'config.json'}", tmp_path / "bundle")
     in_c, in_python = library.open(tmp_path / "bundle", threads=1), load(tmp_path / "bundle", threads=1)
     assert (in_c.info.loops, in_c.info.max_loops) == (0, 0)

@@ -41,6 +41,20 @@ SMALL = {
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 6.0, "original_max_position_embeddings": 32}
+DEEPSEEK_YARN = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.9}
+DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, head ties, one kv head, wide heads": (
@@ -61,6 +75,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral, top 3 of 16, yarn": (
         "Mixtral", {"num_local_experts": 16, "num_experts_per_tok": 3, "rope_parameters": YARN, "head_dim": 12}
     ),
+    "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "deepseek v2, greedy": ("DeepseekV2", {**DEEPSEEK, "n_shared_experts": 2}),
+    "deepseek v2, plain queries, biases, yarn": (
+        "DeepseekV2",
+        {**DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "rope_parameters": DEEPSEEK_YARN, "rms_norm_eps": 1e-3},
+    ),
+    "deepseek v2, best groups, scaled": (
+        "DeepseekV2",
+        {
+            **DEEPSEEK, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 3.0,
+            "first_k_dense_replace": 0, "num_hidden_layers": 2,
+        },
+    ),
+    "deepseek v3, best groups, biases, yarn": (
+        "DeepseekV3",
+        {
+            **DEEPSEEK, "n_group": 4, "topk_group": 2, "attention_bias": True, "rope_parameters": DEEPSEEK_YARN,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    "deepseek v3, plain queries, pairs apart, not normalized": (
+        "DeepseekV3",
+        {
+            **DEEPSEEK, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False,
+            "routed_scaling_factor": 0.7, "n_shared_experts": 2, "num_hidden_layers": 2,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -69,6 +110,9 @@ def save(kind: str, folder: Path, shard: str = "60KB", **fields: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **fields})
     model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("bias"):  # which begin as zeros
+            torch.nn.init.normal_(tensor, 0.0, 0.2)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 
@@ -230,7 +274,7 @@ def edit(path: Path, **fields: Any) -> None:
         ({"architectures": "MixtralForCausalLM"}, CheckpointError, "architectures is MixtralForCausalLM; expected one of"),
         ({"architectures": ["MistralForCausalLM"]}, CheckpointError, r"missing: model\.layers\.0\.mlp\.gate_proj"),
         ({"hidden_act": "gelu"}, ConfigError, 'hidden_act is "gelu"; expected "silu"'),
-        ({"attention_bias": True}, ConfigError, "attention_bias is true; matrices with biases are not supported"),
+        ({"attention_bias": True}, ConfigError, "attention_bias is true; expected false: biases are not"),
         ({"quantization_config": {"bits": 4}}, ConfigError, "the checkpoint is quantized already; export the float one"),
         ({"rope_parameters": {"rope_type": "longrope"}}, ConfigError, "rope scaling .*longrope"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, ConfigError, "factor is 0.5; expected at least 1"),
@@ -292,6 +336,6 @@ def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     app(["inspect", "--families", "--json"], standalone_mode=False)
     listed = json.loads(capsys.readouterr().out)
     assert {name for family in listed for name in family["architectures"]} == {
-        "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"
+        "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
     }  # fmt: skip
     assert "myth_1b" in [name for family in listed for name in family["variants"]]

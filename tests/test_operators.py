@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from harness import OPERATORS, check, check_rounded, everywhere
+from harness import OPERATORS, check, check_rounded, everywhere, feeds_of, in_torch, one_node_model, session_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import parser
@@ -17,6 +17,7 @@ from onnx import parser
 from calibration.rounding import Format, pack_int4, round_to_nearest
 from mythos_export import ops
 from mythos_export.ops import expert_bodies
+from runtimes import native_operators
 
 FLOAT, INT8, FLOAT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN
 GENERATOR = torch.Generator().manual_seed(0)
@@ -117,6 +118,46 @@ def test_mixture_of_experts(
     top_k = data.draw(st.integers(1, routed))
     tensors = experts(batch, seq, dim, hidden, routed, shared)
     check(OPERATORS["MixtureOfExperts"], tensors, {"top_k": top_k, "epsilon": 1e-6})
+
+
+@FEW
+@given(
+    scoring=st.sampled_from([0, 1]),
+    normalized=st.sampled_from([0, 1]),
+    groups=st.integers(1, 4),
+    group=st.integers(1, 4),
+    data=st.data(),
+)
+def test_experts_are_chosen_and_weighed_in_every_way(
+    scoring: int, normalized: int, groups: int, group: int, data: st.DataObject
+) -> None:
+    """By softmax or sigmoid, normalized or not, scaled, out of the best groups."""
+    best_groups = data.draw(st.integers(1, groups))
+    attributes = {
+        "top_k": data.draw(st.integers(1, best_groups * group)),
+        "epsilon": 1e-6,
+        "scoring": scoring,
+        "normalized": normalized,
+        "scale": data.draw(st.sampled_from([1.0, 2.5])),
+        "n_groups": groups,
+        "top_k_groups": best_groups,
+        "group_top_k": data.draw(st.integers(1, min(2, group))),
+    }
+    check(OPERATORS["MixtureOfExperts"], experts(1, 7, 9, 6, groups * group, 1), attributes)
+
+
+def test_a_mixture_without_what_later_versions_added() -> None:
+    """Nodes of earlier bundles lack these attributes: natively and through the body they mean what they meant."""
+    tensors, attributes = experts(1, 5, 8, 6, 6, 1), {"top_k": 2, "epsilon": 1e-6}
+    (expected,) = in_torch(OPERATORS["MixtureOfExperts"], tensors, attributes, double=True)
+    model = one_node_model(OPERATORS["MixtureOfExperts"], tensors, attributes)
+    (node,) = (node for node in model.graph.node if node.op_type == "MixtureOfExperts")
+    kept = [attribute for attribute in node.attribute if attribute.name in attributes]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    for native in {False, native_operators.is_available()}:
+        (y,) = session_of(model, native).run(None, feeds_of(OPERATORS["MixtureOfExperts"], tensors))
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=2e-5)
 
 
 @FEW

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from mythos_export import overloads
 from mythos_export.build.initializers import initializer, seen_as
+from mythos_export.config import RoutingConfig
 from runtimes.errors import BackendError
 
 PARTS = ("routed", "shared")  # of a stack of experts
@@ -100,9 +101,21 @@ def _choose(model: ir.Model, node: ir.Node, form: str) -> None:
 def _overload(model: ir.Model, node: ir.Node, form: str, given: dict[str, ir.Value | None]) -> str:
     """The body for this form where there is one, else that for any."""
     if node.op_type.endswith("MixtureOfExperts"):
+        _check_routing(node)
         n_shared = _static(given["gate_up"])[0] - _static(given["router"])[0]
         form += overloads.WITH_SHARED if n_shared else ""
     return form if (overloads.DOMAIN, node.op_type, form) in model.functions else overloads.ENGINE
+
+
+def _check_routing(node: ir.Node) -> None:
+    """The bodies for engine builders know one way to choose experts."""
+    for name, value in RoutingConfig().attributes.items():
+        found = node.attributes.get(name)
+        if found is not None and found.value != value:
+            raise BackendError(
+                f"{node.name}: {name} is {found.value}, and engines know experts with {name} {value} only; run the bundle with "
+                "--backend onnxruntime"
+            )
 
 
 def _static(value: ir.Value | None) -> list[int]:

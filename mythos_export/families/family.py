@@ -23,7 +23,8 @@ class Family:
     model_config: our description of the model that settings make; raises ConfigError where they contradict each other.
     tensor_shapes: name and shape of every tensor a checkpoint must hold. pack: for every tensor of Decoder, how to make it from the
     checkpoint's, piece by piece, so that few are in memory at once; takes the settings, Get and the rows of tables over loops.
-    ignored: whether a tensor of that name may be there and is not read. tied: head and embedding where the two are one, else None.
+    ignored: whether a tensor of that name may be there and is not read. leftover: the same of what only training needs, which is
+    reported. tied: head and embedding where the two are one, else None.
     variants: named settings of random checkpoints. random_moments: mean and standard deviation of a random tensor, by name.
     """
 
@@ -37,3 +38,4 @@ class Family:
     tied: Callable[[Any], tuple[str, str] | None]
     variants: Mapping[str, msgspec.Struct]
     random_moments: Callable[[str], tuple[float, float]]
+    leftover: Callable[[Any, str], bool] = lambda settings, name: False

@@ -1,20 +1,20 @@
-"""What decoders of Hugging Face checkpoints with grouped-query attention have in common: config.json, names, RoPE layout.
-
-Their RoPE pairs stand half a head apart already, as ours do.
+"""What decoders of Hugging Face checkpoints have in common: config.json, names, and, for those that have them, dense layers and
+grouped-query attention (its RoPE pairs stand half a head apart already, as ours do).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
 
-from mythos_export.config import ConfigError, FeedForwardConfig, GroupedQueryAttentionConfig, LayerConfig, ModelConfig
+from mythos_export.config import ConfigError, GroupedQueryAttentionConfig, LayerConfig, ModelConfig
 from mythos_export.families import rope
 from mythos_export.families.family import Family, Get, Pack
+from mythos_export.families.parts import joined
 
 
 class _Defaults(NamedTuple):
@@ -24,14 +24,20 @@ class _Defaults(NamedTuple):
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     windowed: bool = False  # attention has a window unless config.json says that it has none
+    biases: tuple[str, ...] = ()  # which config.json may ask for
 
 
 _DEFAULTS = {
+    "LlamaForCausalLM": _Defaults(biases=("attention_bias", "mlp_bias")),
     "MistralForCausalLM": _Defaults(num_key_value_heads=8, windowed=True),
     "MixtralForCausalLM": _Defaults(num_key_value_heads=8, rope_theta=1_000_000.0, rms_norm_eps=1e-5),
+    "DeepseekV2ForCausalLM": _Defaults(biases=("attention_bias",)),
+    "DeepseekV3ForCausalLM": _Defaults(biases=("attention_bias",)),
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ACTIVATIONS = ("silu", "swish")
+_OF_ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.(gate|router)\.")
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,11 +67,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if self.hidden_act not in _ACTIVATIONS:
             raise ConfigError(f'hidden_act is "{self.hidden_act}"; expected "silu"')
         for name in ("attention_bias", "mlp_bias"):
-            if getattr(self, name):
-                raise ConfigError(f"{name} is true; matrices with biases are not supported")
-        if self.quantization_config is not None:
+            if getattr(self, name) and name not in self._defaults.biases:
+                raise ConfigError(
+                    f"{name} is true; expected false: biases are not supported in {self.architectures[0]}"
+                )
+        if self.quantization_config is not None and self.scaled_blocks is None:
             raise ConfigError(
-                "quantization_config: the checkpoint is quantized already; export the float one and use `mythos-export quantize`"
+                "quantization_config: the checkpoint is quantized already; export the float one and use `mythos-export quantize`. "
+                "Of quantized ones, float8 with a scale a block (quant_method fp8, weight_block_size) is read"
             )
         if self.sliding_window is msgspec.UNSET and self._defaults.windowed:
             raise ConfigError("sliding_window is missing; expected a number of tokens, or null for none")
@@ -97,6 +106,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def rope_dim(self) -> int:
+        """Rotated numbers of a head."""
+        return self.heads[2]
+
+    @property
+    def scaled_blocks(self) -> tuple[int, int] | None:
+        """Rows and columns of the blocks that have a scale each, of matrices stored as float8; None where they are not."""
+        block = (self.quantization_config or {}).get("weight_block_size")
+        if (self.quantization_config or {}).get("quant_method") != "fp8" or not isinstance(block, list):
+            return None
+        sizes = tuple(size for size in block if isinstance(size, int) and size > 0)
+        return (sizes[0], sizes[1]) if len(sizes) == len(block) == 2 else None
+
+    @property
     def theta(self) -> float:
         """Base of RoPE's frequencies."""
         return float((self.rope_parameters or {}).get("rope_theta", self.rope_theta or self._defaults.rope_theta))
@@ -114,15 +137,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"rope scaling {fields}: {error}") from error
 
 
-def model_config(settings: Settings, feed_forward: FeedForwardConfig) -> ModelConfig:
-    """A model of plain layers, all alike."""
-    layer = LayerConfig(GroupedQueryAttentionConfig(*settings.heads, settings.window), feed_forward)
+def attention(settings: Settings) -> GroupedQueryAttentionConfig:
+    bias = settings.attention_bias
+    return GroupedQueryAttentionConfig(*settings.heads, settings.window, qkv_bias=bias, out_bias=bias)
+
+
+def model_config(settings: Settings, layers: Sequence[LayerConfig]) -> ModelConfig:
+    """A model of these layers."""
     settings.scaling  # noqa: B018 (refused here, before any work)
     return ModelConfig(
         vocab_size=settings.vocab_size,
         dim=settings.hidden_size,
         max_seq_len=settings.max_position_embeddings,
-        prelude=(layer,) * settings.num_hidden_layers,
+        prelude=tuple(layers),
         coda=(),
         rope_theta=settings.theta,
         norm_eps=settings.epsilon,
@@ -130,75 +157,87 @@ def model_config(settings: Settings, feed_forward: FeedForwardConfig) -> ModelCo
     )
 
 
-def tensor_shapes(settings: Settings, feed_forward: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes; feed_forward: of a layer's feed-forward, below model.layers.N."""
-    dim, (n_heads, n_kv_heads, head_dim) = settings.hidden_size, settings.heads
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (dim,),
-        "self_attn.q_proj.weight": (n_heads * head_dim, dim),
-        "self_attn.k_proj.weight": (n_kv_heads * head_dim, dim),
-        "self_attn.v_proj.weight": (n_kv_heads * head_dim, dim),
-        "self_attn.o_proj.weight": (dim, n_heads * head_dim),
-        "post_attention_layernorm.weight": (dim,),
-        **feed_forward,
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (settings.vocab_size, dim)}
-    for index in range(settings.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+def tensor_shapes(settings: Settings, layers: Sequence[Shapes]) -> Shapes:
+    """Names and shapes of everything; layers: of each layer's attention and feed-forward, below model.layers.N."""
+    dim = settings.hidden_size
+    norms: Shapes = {"input_layernorm.weight": (dim,), "post_attention_layernorm.weight": (dim,)}
+    shapes: Shapes = {EMBEDDING: (settings.vocab_size, dim)}
+    for index, layer in enumerate(layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in (norms | layer).items()}
     return shapes | {"model.norm.weight": (dim,), HEAD: (settings.vocab_size, dim)}
 
 
+def attention_shapes(settings: Settings) -> Shapes:
+    dim, (n_heads, n_kv_heads, head_dim) = settings.hidden_size, settings.heads
+    shapes: Shapes = {}
+    for name, heads in (("q", n_heads), ("k", n_kv_heads), ("v", n_kv_heads)):
+        shapes |= linear_shapes(f"self_attn.{name}_proj.", heads * head_dim, dim, settings.attention_bias)
+    return shapes | linear_shapes("self_attn.o_proj.", dim, n_heads * head_dim, settings.attention_bias)
+
+
+def swiglu_shapes(prefix: str, dim: int, hidden: int, bias: bool = False) -> Shapes:
+    shapes = linear_shapes(f"{prefix}gate_proj.", hidden, dim, bias)
+    shapes |= linear_shapes(f"{prefix}up_proj.", hidden, dim, bias)
+    return shapes | linear_shapes(f"{prefix}down_proj.", dim, hidden, bias)
+
+
+def linear_shapes(prefix: str, n_out: int, n_in: int, bias: bool) -> Shapes:
+    return {f"{prefix}weight": (n_out, n_in)} | ({f"{prefix}bias": (n_out,)} if bias else {})
+
+
 def pack(settings: Settings, get: Get) -> dict[str, Pack]:
-    """Everything but the feed-forwards' matrices."""
-    dim = settings.heads[2]
+    """What stands before and after the layers."""
 
     def table(part: int) -> Iterator[Tensor]:
-        yield rope.tables(settings.max_position_embeddings, dim, settings.theta, settings.scaling)[part]
+        positions, dim = settings.max_position_embeddings, settings.rope_dim
+        yield rope.tables(positions, dim, settings.theta, settings.scaling)[part]
 
     packs: dict[str, Pack] = {
-        "embed": lambda: iter([get(EMBEDDING)]),
+        "embed": joined(get, EMBEDDING),
         "rope_cos": lambda: table(0),
         "rope_sin": lambda: table(1),
-        "norm": lambda: iter([get("model.norm.weight")]),
+        "norm": joined(get, "model.norm.weight"),
     }
-    if not settings.tie_word_embeddings:
-        packs["head"] = lambda: iter([get(HEAD)])
-    for index in range(settings.num_hidden_layers):
-        packs |= _pack_layer(get, f"model.layers.{index}.", f"prelude.{index}.")
+    return packs if settings.tie_word_embeddings else packs | {"head": joined(get, HEAD)}
+
+
+def pack_attention(settings: Settings, get: Get, index: int) -> dict[str, Pack]:
+    theirs, ours = f"model.layers.{index}.", f"prelude.{index}.attn."
+    packs = {f"{ours}qkv.norm": joined(get, f"{theirs}input_layernorm.weight")}
+    for kind in ("weight", "bias") if settings.attention_bias else ("weight",):
+        packs[f"{ours}qkv.{kind}"] = joined(get, *(f"{theirs}self_attn.{name}_proj.{kind}" for name in "qkv"))
+        packs[f"{ours}out.{kind}"] = joined(get, f"{theirs}self_attn.o_proj.{kind}")
     return packs
 
 
-def _pack_layer(get: Get, theirs: str, ours: str) -> dict[str, Pack]:
-    def qkv() -> Iterator[Tensor]:
-        for name in "qkv":
-            yield get(f"{theirs}self_attn.{name}_proj.weight")
+def pack_swiglu(settings: Settings, get: Get, index: int) -> dict[str, Pack]:
+    """A dense layer's feed-forward with its norm."""
+    theirs, ours = f"model.layers.{index}.", f"prelude.{index}.ffn."
+    norm = joined(get, f"{theirs}post_attention_layernorm.weight")
 
-    return {
-        f"{ours}attn.qkv.norm": lambda: iter([get(f"{theirs}input_layernorm.weight")]),
-        f"{ours}attn.qkv.weight": qkv,
-        f"{ours}attn.out.weight": lambda: iter([get(f"{theirs}self_attn.o_proj.weight")]),
-        f"{ours}ffn.norm": lambda: iter([get(f"{theirs}post_attention_layernorm.weight")]),
-    }
+    def matrices(kind: str, suffix: str) -> dict[str, Pack]:
+        gate, up, down = (f"{theirs}mlp.{name}_proj.{kind}" for name in ("gate", "up", "down"))
+        return {f"{ours}gate_up{suffix}": joined(get, gate, up), f"{ours}down{suffix}": joined(get, down)}
 
-
-def joined(get: Get, *names: str) -> Pack:
-    """Matrices one below another."""
-    return lambda: (get(name) for name in names)
-
-
-def zeros(*shape: int) -> Pack:
-    """What a family's checkpoints have none of."""
-    return lambda: iter([torch.zeros(*shape)])
+    if settings.mlp_bias:
+        return {f"{ours}gate_up.norm": norm} | matrices("weight", ".weight") | matrices("bias", ".bias")
+    return {f"{ours}norm": norm} | matrices("weight", "")
 
 
 def family(**own: Any) -> Family:
     """A family of such checkpoints: what is its own, and what they have in common."""
-    return Family(ignored=_ignored, tied=_tied, random_moments=_random_moments, **own)
+    common = {"ignored": _ignored, "leftover": leftover, "tied": _tied, "random_moments": _random_moments}
+    return Family(**{**common, **own})
 
 
 def _ignored(name: str) -> bool:
     """RoPE's frequencies, which older checkpoints store."""
     return name.endswith("rotary_emb.inv_freq")
+
+
+def leftover(settings: Settings, name: str) -> bool:
+    """What training keeps beside a router, as counts of its choices are: neither its matrix nor a bias."""
+    return bool(_OF_ROUTER.search(name)) and not name.endswith((".weight", "bias"))
 
 
 def _tied(settings: Settings) -> tuple[str, str] | None:
@@ -207,5 +246,5 @@ def _tied(settings: Settings) -> tuple[str, str] | None:
 
 
 def _random_moments(name: str) -> tuple[float, float]:
-    """Norms are 1, matrices as these models begin their training."""
+    """Norms are 1, matrices as these models begin their training, biases of routers and layers alike, so that they count."""
     return (1.0, 0.0) if name.endswith("norm.weight") else (0.0, 0.02)

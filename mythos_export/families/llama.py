@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from mythos_export.config import DenseConfig, ModelConfig
+from mythos_export.config import DenseConfig, LayerConfig, ModelConfig
 from mythos_export.families import hugging_face
 from mythos_export.families.family import Get, Pack
 from mythos_export.families.hugging_face import Settings
 
 
 def model_config(settings: Settings) -> ModelConfig:
-    return hugging_face.model_config(settings, DenseConfig(settings.intermediate_size))
+    feed_forward = DenseConfig(settings.intermediate_size, settings.mlp_bias)
+    layer = LayerConfig(hugging_face.attention(settings), feed_forward)
+    return hugging_face.model_config(settings, [layer] * settings.num_hidden_layers)
 
 
 def tensor_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
-    dim, hidden = settings.hidden_size, settings.intermediate_size
-    feed_forward = {
-        "mlp.gate_proj.weight": (hidden, dim),
-        "mlp.up_proj.weight": (hidden, dim),
-        "mlp.down_proj.weight": (dim, hidden),
-    }
-    return hugging_face.tensor_shapes(settings, feed_forward)
+    layer = hugging_face.attention_shapes(settings)
+    layer |= hugging_face.swiglu_shapes("mlp.", settings.hidden_size, settings.intermediate_size, settings.mlp_bias)
+    return hugging_face.tensor_shapes(settings, [layer] * settings.num_hidden_layers)
 
 
 def pack(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
     packs = hugging_face.pack(settings, get)
     for index in range(settings.num_hidden_layers):
-        theirs, ours = f"model.layers.{index}.mlp.", f"prelude.{index}.ffn."
-        packs[f"{ours}gate_up"] = hugging_face.joined(get, f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
-        packs[f"{ours}down"] = hugging_face.joined(get, f"{theirs}down_proj.weight")
+        packs |= hugging_face.pack_attention(settings, get, index)
+        packs |= hugging_face.pack_swiglu(settings, get, index)
     return packs
 
 

@@ -6,13 +6,8 @@ Its router takes the softmax over all experts and normalizes that of the chosen 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-from torch import Tensor
-
-from mythos_export.config import MixtureOfExpertsConfig, ModelConfig
-from mythos_export.families import hugging_face
+from mythos_export.config import LayerConfig, MixtureOfExpertsConfig, ModelConfig
+from mythos_export.families import hugging_face, parts
 from mythos_export.families.family import Get, Pack
 
 _ARCHITECTURES = ("MixtralForCausalLM",)
@@ -58,7 +53,8 @@ def model_config(settings: Settings) -> ModelConfig:
     experts = MixtureOfExpertsConfig(
         settings.num_local_experts, settings.num_experts_per_tok, settings.intermediate_size
     )
-    return hugging_face.model_config(settings, experts)
+    layer = LayerConfig(hugging_face.attention(settings), experts)
+    return hugging_face.model_config(settings, [layer] * settings.num_hidden_layers)
 
 
 def tensor_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
@@ -68,32 +64,26 @@ def tensor_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
         prefix = f"block_sparse_moe.experts.{expert}."
         feed_forward |= {f"{prefix}w1.weight": (hidden, dim), f"{prefix}w3.weight": (hidden, dim)}
         feed_forward |= {f"{prefix}w2.weight": (dim, hidden)}
-    return hugging_face.tensor_shapes(settings, feed_forward)
+    layer = hugging_face.attention_shapes(settings) | feed_forward
+    return hugging_face.tensor_shapes(settings, [layer] * settings.num_hidden_layers)
 
 
 def pack(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
     packs = hugging_face.pack(settings, get)
     for index in range(settings.num_hidden_layers):
-        packs |= _pack_experts(settings, get, f"model.layers.{index}.block_sparse_moe.", f"prelude.{index}.ffn.")
+        packs |= hugging_face.pack_attention(settings, get, index)
+        packs |= _pack_experts(settings, get, f"model.layers.{index}.", f"prelude.{index}.ffn.")
     return packs
 
 
-def _pack_experts(settings: Settings, get: Get, theirs: str, ours: str) -> dict[str, Pack]:
-    experts = [f"{theirs}experts.{index}." for index in range(settings.num_local_experts)]
-
-    def gate_up() -> Iterator[Tensor]:
-        for expert in experts:
-            yield torch.cat([get(f"{expert}w1.weight"), get(f"{expert}w3.weight")]).unsqueeze(0)
-
-    def down() -> Iterator[Tensor]:
-        for expert in experts:
-            yield get(f"{expert}w2.weight").unsqueeze(0)
-
+def _pack_experts(settings: Settings, get: Get, layer: str, ours: str) -> dict[str, Pack]:
+    theirs = f"{layer}block_sparse_moe."
+    names = [f"{theirs}experts.{index}." for index in range(settings.num_local_experts)]
     return {
-        f"{ours}router": hugging_face.joined(get, f"{theirs}gate.weight"),
-        f"{ours}router_bias": hugging_face.zeros(settings.num_local_experts),
-        f"{ours}gate_up": gate_up,
-        f"{ours}down": down,
+        f"{ours}norm": parts.joined(get, f"{layer}post_attention_layernorm.weight"),
+        f"{ours}router": parts.joined(get, f"{theirs}gate.weight"),
+        f"{ours}router_bias": parts.zeros(settings.num_local_experts),
+        **parts.experts(get, names, ("w1.weight", "w3.weight", "w2.weight"), settings.intermediate_size, ours),
     }
 
 

@@ -25,7 +25,7 @@ from mythos_export.config import (
     MixtureOfExpertsConfig,
     ModelConfig,
 )
-from mythos_export.families import rope
+from mythos_export.families import parts, rope
 from mythos_export.families.family import Family, Get, Pack
 
 # The one class a training checkpoint's pickle may name besides tensors.
@@ -240,7 +240,7 @@ def _pack_block(settings: Settings, get: Get, theirs: str, ours: str) -> dict[st
 
         def qkv() -> Iterator[Tensor]:
             for name in "qk":
-                yield _halves(get(f"{attn}w{name}.weight"), settings.dim // settings.n_heads)
+                yield parts.halves(get(f"{attn}w{name}.weight"), settings.dim // settings.n_heads)
             yield get(attn + "wv.weight")
 
         return packs | {f"{ours}.attn.qkv.weight": qkv}
@@ -249,24 +249,19 @@ def _pack_block(settings: Settings, get: Get, theirs: str, ours: str) -> dict[st
 
     def down() -> Iterator[Tensor]:
         kv = get(attn + "kv_down.weight")
-        yield from (get(attn + "q_down.weight"), kv[:rank], _halves(kv[rank:], rope))
+        yield from (get(attn + "q_down.weight"), kv[:rank], parts.halves(kv[rank:], rope))
 
     def q_up() -> Iterator[Tensor]:
         unrotated = get(attn + "q_up_nope.weight").unflatten(0, (settings.n_heads, nope))
-        rotated = _halves(get(attn + "q_up_rope.weight"), rope).unflatten(0, (settings.n_heads, rope))
+        rotated = parts.halves(get(attn + "q_up_rope.weight"), rope).unflatten(0, (settings.n_heads, rope))
         yield torch.cat([unrotated, rotated], 1).flatten(0, 1)
-
-    def kv_up(part: slice) -> Tensor:
-        rows: Tensor = get(attn + "kv_up.weight").unflatten(0, (settings.n_heads, -1))[:, part]
-        return rows
 
     return packs | {
         f"{ours}.attn.down.weight": down,
         f"{ours}.attn.q_up.norm": lambda: iter([get(attn + "q_norm.weight")]),
         f"{ours}.attn.q_up.weight": q_up,
         f"{ours}.attn.kv_norm": lambda: iter([get(attn + "kv_norm.weight")]),
-        f"{ours}.attn.w_uk": lambda: iter([kv_up(slice(None, nope)).transpose(1, 2)]),
-        f"{ours}.attn.w_uv": lambda: iter([kv_up(slice(nope, None))]),
+        **parts.up_projections(get, attn + "kv_up.weight", settings.n_heads, nope, f"{ours}.attn."),
     }
 
 
@@ -279,26 +274,13 @@ def _pack_dense(get: Get, theirs: str, ours: str) -> dict[str, Pack]:
 
 def _pack_experts(settings: Settings, get: Get, theirs: str, ours: str) -> dict[str, Pack]:
     """Routed experts, then the shared ones: each of those is as wide as top_k routed ones, and cut into so many."""
-    names = [f"{theirs}.routed_experts.{index}" for index in range(settings.n_experts)]
-    shared = [f"{theirs}.shared_experts.{index}" for index in range(settings.n_shared_experts)]
-    width = settings.expert_dim
-
-    def gate_up() -> Iterator[Tensor]:
-        for name in names + shared:
-            gates, ups = (get(f"{name}.{part}.weight").split(width) for part in ("gate", "up"))
-            for gate, up in zip(gates, ups, strict=True):
-                yield torch.cat([gate, up]).unsqueeze(0)
-
-    def down() -> Iterator[Tensor]:
-        for name in names + shared:
-            for part in get(f"{name}.down.weight").split(width, 1):
-                yield part.unsqueeze(0)
-
+    names = [f"{theirs}.routed_experts.{index}." for index in range(settings.n_experts)]
+    names += [f"{theirs}.shared_experts.{index}." for index in range(settings.n_shared_experts)]
+    matrices = ("gate.weight", "up.weight", "down.weight")
     return {
         f"{ours}.router": lambda: iter([get(f"{theirs}.router.weight")]),
         f"{ours}.router_bias": lambda: iter([get(f"{theirs}.router_bias")]),
-        f"{ours}.gate_up": gate_up,
-        f"{ours}.down": down,
+        **parts.experts(get, names, matrices, settings.expert_dim, f"{ours}."),
     }
 
 
@@ -322,12 +304,6 @@ def _pack_loop(settings: Settings, get: Get, max_loops: int) -> dict[str, Pack]:
         "recurrent.halt": lambda: iter([get("recurrent.act.halt.weight").flatten()]),
         "recurrent.halt_bias": lambda: iter([get("recurrent.act.halt.bias")]),
     }
-
-
-def _halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Output channels [n*head_dim, in] of rotated heads, from neighbouring RoPE pairs to pairs half a head apart."""
-    halves: Tensor = rows.unflatten(0, (-1, head_dim // 2, 2))
-    return halves.transpose(1, 2).flatten(0, 2)
 
 
 def _loop_signal(settings: Settings, max_loops: int) -> Tensor:

@@ -82,12 +82,20 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, original: int, theta: float
     return frequencies / scaling.factor * divided + frequencies * (1 - divided)
 
 
-def _attention_factor(scaling: RopeScaling) -> float:
-    def grown(by: float) -> float:
-        return 1.0 if scaling.factor <= 1 else 0.1 * by * math.log(scaling.factor) + 1.0
+def score_factor(scaling: RopeScaling) -> float:
+    """What DeepSeek's models multiply scores by: the square of mscale_all_dim's growth, whatever the kind of scaling."""
+    if scaling.rope_type == "default" or not scaling.mscale_all_dim:
+        return 1.0
+    return _grown(scaling, scaling.mscale_all_dim) ** 2
 
+
+def _grown(scaling: RopeScaling, by: float) -> float:
+    return 1.0 if scaling.factor <= 1 else 0.1 * by * math.log(scaling.factor) + 1.0
+
+
+def _attention_factor(scaling: RopeScaling) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        return grown(scaling.mscale) / grown(scaling.mscale_all_dim)
-    return grown(1.0)
+        return _grown(scaling, scaling.mscale) / _grown(scaling, scaling.mscale_all_dim)
+    return _grown(scaling, 1.0)

@@ -51,25 +51,25 @@ def attend(
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (arXiv 2405.04434). down: query latent and cached row in one matrix."""
+    """Multi-head latent attention (arXiv 2405.04434). down: query latent, or the queries, and cached row in one matrix."""
 
     def __init__(self, dim: int, config: LatentAttentionConfig, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
-        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        self.split = [config.q_lora_rank, config.cache_width]
-        self.scale = head_dim**-0.5
-        self.epsilon = epsilon
-        self.down = NormalizedLinear(dim, sum(self.split), epsilon, dtype)
-        self.q_up = NormalizedLinear(config.q_lora_rank, config.n_heads * head_dim, epsilon, dtype)
+        self.split, self.scale = list(config.down_split), config.scale
+        self.epsilon = epsilon if config.norm_eps is None else config.norm_eps
+        self.down = NormalizedLinear(dim, sum(self.split), epsilon, dtype, bias=config.down_bias)
+        self.q_up = None
+        if config.q_lora_rank:
+            self.q_up = NormalizedLinear(config.q_lora_rank, config.query_width, self.epsilon, dtype)
         self.kv_norm = empty(config.kv_lora_rank, dtype=torch.float32)
         self.w_uk = empty(config.n_heads, config.kv_lora_rank, config.qk_nope_head_dim, dtype=dtype)
         self.w_uv = empty(config.n_heads, config.v_head_dim, config.kv_lora_rank, dtype=dtype)
-        self.out = ResidualLinear(config.n_heads * config.v_head_dim, dim, dtype)
+        self.out = ResidualLinear(config.n_heads * config.v_head_dim, dim, dtype, bias=config.out_bias)
 
     def forward(self, x: Tensor, context: Context, slot: Tensor) -> tuple[Tensor, Rows]:
         """x [B, S, D] float32 -> x + attention [B, S, D] and the slot's new rows."""
-        q_latent, kv = self.down(x).split(self.split, -1)
-        inputs = self.q_up(q_latent), kv, self.kv_norm, self.w_uk, self.w_uv
+        q, kv = self.down(x).split(self.split, -1)
+        inputs = q if self.q_up is None else self.q_up(q), kv, self.kv_norm, self.w_uk, self.w_uv
         y, rows = attend("latent_attention", inputs, context, slot, (self.scale, self.epsilon))
         return self.out(x, y), rows
 
@@ -82,8 +82,8 @@ class GroupedQueryAttention(nn.Module):
         self.config = config
         self.scale = config.head_dim**-0.5
         n_out = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-        self.qkv = NormalizedLinear(dim, n_out, epsilon, dtype)
-        self.out = ResidualLinear(config.n_heads * config.head_dim, dim, dtype)
+        self.qkv = NormalizedLinear(dim, n_out, epsilon, dtype, bias=config.qkv_bias)
+        self.out = ResidualLinear(config.n_heads * config.head_dim, dim, dtype, bias=config.out_bias)
 
     def forward(self, x: Tensor, context: Context, slot: Tensor) -> tuple[Tensor, Rows]:
         """x [B, S, D] float32 -> x + attention [B, S, D] and the slot's new rows."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mythos_export.config import DenseConfig, LayerConfig, ModelConfig
 from mythos_export.model.attention import Context, Rows, attention, join
-from mythos_export.model.layers import FeedForward, empty
+from mythos_export.model.layers import BiasedFeedForward, FeedForward, empty
 from mythos_export.model.mixture_of_experts import MixtureOfExperts
 from mythos_export.model.recurrent import Recurrent
 
@@ -25,7 +25,7 @@ class Layer(nn.Module):
         self.attn = attention(dim, config.attention, epsilon, dtype)
         self.ffn: nn.Module
         if isinstance(feed_forward, DenseConfig):
-            self.ffn = FeedForward(dim, feed_forward, epsilon, dtype)
+            self.ffn = (BiasedFeedForward if feed_forward.bias else FeedForward)(dim, feed_forward, epsilon, dtype)
         else:
             self.ffn = MixtureOfExperts(dim, feed_forward, epsilon, dtype)
 

@@ -6,6 +6,7 @@ Shape letters: B batch, S new tokens, D dim, I and O input and output channels, 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_export.config import DenseConfig
@@ -17,29 +18,31 @@ def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class NormalizedLinear(nn.Module):
-    """y [..., O] = rms_norm(x [..., I]) · weight [O, I]^T, in the dtype of the matrix."""
+    """y [..., O] = rms_norm(x [..., I]) · weight [O, I]^T, in the dtype of the matrix; bias: with one [O] added."""
 
-    def __init__(self, n_in: int, n_out: int, epsilon: float, dtype: torch.dtype) -> None:
+    def __init__(self, n_in: int, n_out: int, epsilon: float, dtype: torch.dtype, *, bias: bool = False) -> None:
         super().__init__()
         self.norm = empty(n_in, dtype=torch.float32)
         self.weight = empty(n_out, n_in, dtype=dtype)
+        self.bias = empty(n_out, dtype=dtype) if bias else None
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mythos.normalized_linear(x, self.norm, self.weight, self.epsilon)
-        return y
+        return y if self.bias is None else y + self.bias
 
 
 class ResidualLinear(nn.Module):
-    """residual [..., O] + x [..., I] · weight [O, I]^T, float32."""
+    """residual [..., O] + x [..., I] · weight [O, I]^T, float32; bias: with one [O] added."""
 
-    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
+    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = empty(n_out, n_in, dtype=dtype)
+        self.bias = empty(n_out, dtype=dtype) if bias else None
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mythos.residual_linear(residual, x, self.weight)
-        return y
+        return y if self.bias is None else y + self.bias
 
 
 class FeedForward(nn.Module):
@@ -54,4 +57,18 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mythos.feed_forward(x, self.norm, self.gate_up, self.down, self.epsilon)
+        return y
+
+
+class BiasedFeedForward(nn.Module):
+    """The same with biases: what FeedForward does in one operator is two here, and silu(gate) * up between them."""
+
+    def __init__(self, dim: int, config: DenseConfig, epsilon: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up = NormalizedLinear(dim, 2 * config.hidden_dim, epsilon, dtype, bias=True)
+        self.down = ResidualLinear(config.hidden_dim, dim, dtype, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        y: Tensor = self.down(x, F.silu(gate) * up)
         return y

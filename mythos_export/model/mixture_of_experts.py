@@ -18,7 +18,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, dim: int, config: MixtureOfExpertsConfig, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
         experts = config.n_experts + config.n_shared_experts
-        self.top_k = config.top_k
+        self.top_k, self.routing = config.top_k, tuple(config.routing.attributes.values())
         self.epsilon = epsilon
         self.norm = empty(dim, dtype=torch.float32)
         self.router = empty(config.n_experts, dim, dtype=torch.float32)
@@ -28,6 +28,14 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mythos.mixture_of_experts(
-            x, self.norm, self.router, self.router_bias, self.gate_up, self.down, self.top_k, self.epsilon
+            x,
+            self.norm,
+            self.router,
+            self.router_bias,
+            self.gate_up,
+            self.down,
+            self.top_k,
+            self.epsilon,
+            *self.routing,
         )
         return y

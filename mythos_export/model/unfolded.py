@@ -26,6 +26,7 @@ from mythos_export.config import (
 )
 from mythos_export.ops.cached_attention import rotate
 from mythos_export.ops.operator import rms_norm
+from mythos_export.ops.routing import route
 
 Weights = Mapping[str, Tensor]
 
@@ -38,28 +39,28 @@ def linear(weight: Tensor) -> nn.Linear:
 
 
 class NormalizedLinear(nn.Module):
-    """rms_norm(x) · weight^T."""
+    """rms_norm(x) · weight^T, and a bias where there is one."""
 
     def __init__(self, weights: Weights, name: str, epsilon: float) -> None:
         super().__init__()
         self.norm, self.epsilon = weights[f"{name}.norm"], epsilon
-        self.weight = linear(weights[f"{name}.weight"])
+        self.weight, self.bias = linear(weights[f"{name}.weight"]), weights.get(f"{name}.bias")
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.weight(rms_norm(x, self.norm, self.epsilon))
-        return y
+        return y if self.bias is None else y + self.bias
 
 
 class ResidualLinear(nn.Module):
-    """residual + x · weight^T."""
+    """residual + x · weight^T, and a bias where there is one."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         super().__init__()
-        self.weight = linear(weights[f"{name}.weight"])
+        self.weight, self.bias = linear(weights[f"{name}.weight"]), weights.get(f"{name}.bias")
 
     def forward(self, residual: Tensor, x: Tensor) -> Tensor:
         y: Tensor = residual + self.weight(x)
-        return y
+        return y if self.bias is None else y + self.bias
 
 
 class CachedRows(nn.Identity):
@@ -83,9 +84,9 @@ class LatentAttention(nn.Module):
 
     def __init__(self, weights: Weights, name: str, config: LatentAttentionConfig, epsilon: float) -> None:
         super().__init__()
-        self.config, self.epsilon = config, epsilon
+        self.config, self.epsilon = config, epsilon if config.norm_eps is None else config.norm_eps
         self.down = NormalizedLinear(weights, f"{name}.down", epsilon)
-        self.q_up = NormalizedLinear(weights, f"{name}.q_up", epsilon)
+        self.q_up = NormalizedLinear(weights, f"{name}.q_up", self.epsilon) if config.q_lora_rank else None
         self.kv_norm = weights[f"{name}.kv_norm"]
         self.w_uk, self.w_uv = _stack(weights[f"{name}.w_uk"]), _stack(weights[f"{name}.w_uv"])
         self.cache = CachedRows(config)
@@ -95,15 +96,14 @@ class LatentAttention(nn.Module):
         """x [B, S, D], cos, sin [B, S, Q/2] -> [B, S, D]."""
         config = self.config
         nope, rank = config.qk_nope_head_dim, config.kv_lora_rank
-        q_latent, latent, key = self.down(x).split([config.q_lora_rank, rank, config.qk_rope_head_dim], -1)
-        heads = self.q_up(q_latent).unflatten(-1, (config.n_heads, -1))
+        q, latent, key = self.down(x).split([config.down_split[0], rank, config.qk_rope_head_dim], -1)
+        heads = (q if self.q_up is None else self.q_up(q)).unflatten(-1, (config.n_heads, -1))
         absorbed = torch.stack([w_uk(heads[:, :, h, :nope]) for h, w_uk in enumerate(self.w_uk)], 2)
         query = torch.cat([absorbed, rotate(heads[..., nope:], cos, sin)], -1).transpose(1, 2)
         latent = rms_norm(latent, self.kv_norm, self.epsilon)
         rows = self.cache(torch.cat([latent, rotate(key.unsqueeze(2), cos, sin).squeeze(2)], -1))
         rows = rows.unsqueeze(1).expand(-1, config.n_heads, -1, -1)
-        scale = (nope + config.qk_rope_head_dim) ** -0.5
-        mixed = F.scaled_dot_product_attention(query, rows, rows[..., :rank], is_causal=True, scale=scale)
+        mixed = F.scaled_dot_product_attention(query, rows, rows[..., :rank], is_causal=True, scale=config.scale)
         y = torch.cat([w_uv(mixed[:, h]) for h, w_uv in enumerate(self.w_uv)], -1)
         out: Tensor = self.out(x, y)
         return out
@@ -153,13 +153,27 @@ class FeedForward(nn.Module):
         return y
 
 
+class BiasedFeedForward(nn.Module):
+    """The same with biases."""
+
+    def __init__(self, weights: Weights, name: str, epsilon: float) -> None:
+        super().__init__()
+        self.gate_up = NormalizedLinear(weights, f"{name}.gate_up", epsilon)
+        self.down = ResidualLinear(weights, f"{name}.down")
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        y: Tensor = self.down(x, F.silu(gate) * up)
+        return y
+
+
 class MixtureOfExperts(nn.Module):
     """Routed and shared experts (arXiv 2401.06066). every_token: run every expert on every token, as calibration may want; the
     result is that of the chosen ones all the same."""
 
     def __init__(self, weights: Weights, name: str, config: MixtureOfExpertsConfig, epsilon: float) -> None:
         super().__init__()
-        self.norm, self.epsilon, self.top_k = weights[f"{name}.norm"], epsilon, config.top_k
+        self.norm, self.epsilon, self.config = weights[f"{name}.norm"], epsilon, config
         self.router, self.router_bias = weights[f"{name}.router"], weights[f"{name}.router_bias"]
         self.gate_up, self.down = _stack(weights[f"{name}.gate_up"]), _stack(weights[f"{name}.down"])
         self.every_token = False
@@ -167,8 +181,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = rms_norm(x, self.norm, self.epsilon).flatten(0, -2)
         logits = F.linear(normed, self.router)
-        chosen = (logits + self.router_bias).topk(self.top_k, -1).indices
-        weight = torch.zeros_like(logits).scatter(-1, chosen, torch.softmax(logits.gather(-1, chosen), -1))
+        chosen, weights = route(logits, self.router_bias, self.config.top_k, self.config.routing)
+        weight = torch.zeros_like(logits).scatter(-1, chosen, weights)
         shared = weight.new_ones(len(weight), len(self.gate_up) - weight.shape[1])
         picked = torch.cat([torch.zeros_like(logits, dtype=torch.bool).scatter(-1, chosen, True), shared.bool()], -1)
         weight = torch.cat([weight, shared], -1)
@@ -199,7 +213,8 @@ class Layer(nn.Module):
         else:
             self.attn = GroupedQueryAttention(weights, f"{name}.attn", config, epsilon)
         if isinstance(config.feed_forward, DenseConfig):
-            self.ffn = FeedForward(weights, f"{name}.ffn", epsilon)
+            kind = BiasedFeedForward if config.feed_forward.bias else FeedForward
+            self.ffn = kind(weights, f"{name}.ffn", epsilon)
         else:
             self.ffn = MixtureOfExperts(weights, f"{name}.ffn", config.feed_forward, epsilon)
 

@@ -9,23 +9,16 @@ from mythos_export import overloads
 from mythos_export.ops.engine_forms import small_product
 from mythos_export.ops.operator import Body
 from mythos_export.ops.products import FLOAT, FloatForm, PackedForm, QuantizedForm, flat_text, rms_norm_text
+from mythos_export.ops.routing import CHOICE, ENGINE_CHOICE
 
 # Gathering copies every chosen expert, walking over the experts costs a fixed time each. Where the copies exceed
 # this many numbers of gate_up for every expert there is, walking is faster (measured for dim 128 to 1024 on two CPU threads).
 GATHER_LIMIT = 50_000
 
-# From x: its tokens flat_f [N, D] normalized, their biased choice routed_chosen [N, K], unbiased weights routed_weight [N, K].
-_CHOICE = f"""
+# From x: its tokens flat_f [N, D], normalized.
+_TOKENS = f"""
   {rms_norm_text("x", "norm", "normed")}
   {flat_text("normed", "flat_f")}
-  {{logits}}
-  biased = Add(logits, router_bias)
-  top_k_int = Constant <value_int: int = @top_k> ()
-  top_k_axis = Constant <value_ints = [0]> ()
-  top_k_1 = Unsqueeze(top_k_int, top_k_axis)
-  chosen_logits, routed_chosen = TopK <axis = -1> (biased, top_k_1)
-  unbiased = GatherElements <axis = 1> (logits, routed_chosen)
-  routed_weight = Softmax <axis = -1> (unbiased)
 """
 
 
@@ -42,7 +35,9 @@ def portable_body(form: FloatForm) -> str:
         scales = (_GATHER_SCALE.format("gate_up"), _GATHER_SCALE.format("down"))
     return f"""
   {form.preamble}
-  {_CHOICE.format(logits=FLOAT.product("flat_f", "router", "logits"))}
+  {_TOKENS}
+  {FLOAT.product("flat_f", "router", "logits")}
+  {CHOICE}
   flat_cast = {cast}
   rest = Constant <value_ints = [-1]> ()
   axis_0 = Constant <value_ints = [0]> ()
@@ -261,7 +256,9 @@ def _engine_text(form: FloatForm, *, few: bool, shared: bool) -> str:
         routed = _dense("routed", form) + _MANY_TOKENS
     return f"""
   {form.preamble}
-  {_CHOICE.format(logits=small_product("flat_f", "router", "logits"))}
+  {_TOKENS}
+  {small_product("flat_f", "router", "logits")}
+  {ENGINE_CHOICE}
   {matrices}
   token = CastLike(flat_f, routed_inner_w)
   {form.rounded("token", "token_rounded")}

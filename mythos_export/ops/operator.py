@@ -63,7 +63,7 @@ class Operator:
     inputs and outputs are (name, type, description), the type an ONNX type string or one of TYPES: "T", the matrices' dtype, and
     so on. infer_shapes maps the input shapes and the attributes to the output shapes; an unknown dimension is None.
     body is the statements of the ONNX function, over the input names, defining the output names. other_bodies are those of its
-    overloads (mythos_export.overloads).
+    overloads (mythos_export.overloads). defaults: what attributes are that a node may lack, as those of earlier bundles do.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Operator:
     infer_shapes: Callable[[list[Shape], dict[str, Any]], list[Shape]]
     body: str
     other_bodies: Mapping[str, Body] = field(default_factory=dict)
+    defaults: Mapping[str, int | float] = field(default_factory=dict)
 
     @cached_property
     def schema(self) -> defs.OpSchema:
@@ -88,7 +89,9 @@ class Operator:
             outputs=[parameter(name, kind, text) for name, kind, text in self.outputs],
             type_constraints=[(kind, *TYPES[kind]) for kind in TYPES if kind in self._kinds],
             attributes=[
-                defs.OpSchema.Attribute(name, getattr(defs.OpSchema.AttrType, kind), text)
+                defs.OpSchema.Attribute(name, onnx.helper.make_attribute(name, self.defaults[name]), text)
+                if name in self.defaults
+                else defs.OpSchema.Attribute(name, getattr(defs.OpSchema.AttrType, kind), text)
                 for name, (kind, text) in self.attributes.items()
             ],
         )
@@ -133,7 +136,11 @@ class Operator:
     def _function(self, overload: str, body: Body) -> onnx.FunctionProto:
         inputs = ", ".join(body.inputs or [name for name, _, _ in self.inputs])
         outputs = ", ".join(name for name, _, _ in self.outputs)
-        attributes = f"<{', '.join(self.attributes)}> " if self.attributes else ""
+        declared = [
+            f"{name}: {kind.lower()} = {self.defaults[name]}" if name in self.defaults else name
+            for name, (kind, _) in self.attributes.items()
+        ]
+        attributes = f"<{', '.join(declared)}> " if declared else ""
         function = parser.parse_function(
             f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n'
             f"{self.name} {attributes}({inputs}) => ({outputs}) {{{body.text}}}"

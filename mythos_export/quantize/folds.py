@@ -113,13 +113,26 @@ def _normed(name: str) -> Fold:
     return Fold((f"{name}.weight",), ((f"{name}.norm", ALL),), ((f"{name}.weight", ALL),))
 
 
+def _outputs(name: str, at: slice, *, bias: bool) -> Places:
+    """Those outputs of a linear layer."""
+    return ((f"{name}.weight", (at,)), *(((f"{name}.bias", (at,)),) if bias else ()))
+
+
+def _queries(name: str, config: LatentAttentionConfig, at: slice) -> Places:
+    """Those outputs of what gives the queries."""
+    if config.q_lora_rank:
+        return _outputs(f"{name}.q_up", at, bias=False)
+    return _outputs(f"{name}.down", at, bias=config.down_bias)
+
+
 def _latent(name: str, config: LatentAttentionConfig) -> Iterator[Fold]:
-    head, q_up, out = config.qk_nope_head_dim + config.qk_rope_head_dim, f"{name}.q_up", f"{name}.out.weight"
+    head, out = config.qk_nope_head_dim + config.qk_rope_head_dim, f"{name}.out.weight"
     yield _normed(f"{name}.down")
-    yield _normed(q_up)
+    if config.q_lora_rank:
+        yield _normed(f"{name}.q_up")
     for h in range(config.n_heads):
-        queries = slice(h * head, h * head + config.qk_nope_head_dim)
-        yield Fold((f"{name}.w_uk.{h}",), ((f"{q_up}.weight", (queries,)),), ((f"{name}.w_uk", (h,)),))
+        queries = _queries(name, config, slice(h * head, h * head + config.qk_nope_head_dim))
+        yield Fold((f"{name}.w_uk.{h}",), queries, ((f"{name}.w_uk", (h,)),))
     yield Fold((out,), ((f"{name}.w_uv", ALL),), ((out, ALL),))
 
 
@@ -128,7 +141,7 @@ def _grouped(name: str, config: GroupedQueryAttentionConfig) -> Iterator[Fold]:
     values = slice((config.n_heads + n_kv) * width, (config.n_heads + 2 * n_kv) * width)
     yield _normed(f"{name}.qkv")
     groups = (n_kv, config.n_heads // n_kv, width)
-    yield Fold((out,), ((f"{name}.qkv.weight", (values,)),), ((out, ALL),), groups=groups)
+    yield Fold((out,), _outputs(f"{name}.qkv", values, bias=config.qkv_bias), ((out, ALL),), groups=groups)
 
 
 def _feed_forward(name: str, layer: LayerConfig) -> Iterator[Fold]:
@@ -136,6 +149,11 @@ def _feed_forward(name: str, layer: LayerConfig) -> Iterator[Fold]:
     norm = ((f"{name}.norm", ALL),)
     if isinstance(config, DenseConfig):
         up = slice(config.hidden_dim, 2 * config.hidden_dim)
+        if config.bias:
+            yield _normed(gate_up)
+            down = f"{down}.weight"
+            yield Fold((down,), _outputs(gate_up, up, bias=True), ((down, ALL),))
+            return
         yield Fold((gate_up,), norm, ((gate_up, ALL),))
         yield Fold((down,), ((gate_up, (up,)),), ((down, ALL),))
         return
@@ -164,30 +182,26 @@ def _latent_cache(name: str, config: LatentAttentionConfig) -> Iterator[tuple[sl
     # The latent's share of a score is a product with w_uk's outputs.
     norm, values, keys = ((f"{name}.{part}", ALL) for part in ("kv_norm", "w_uv", "w_uk"))
     yield slice(0, rank), Fold(divided=(norm,), columns=(values,), rows=(keys,))
-    start = config.q_lora_rank + rank
-    queries = tuple(
-        (f"{name}.q_up.weight", (slice(h * (nope + rope) + nope, (h + 1) * (nope + rope)),))
-        for h in range(config.n_heads)
-    )
-    key = ((f"{name}.down.weight", (slice(start, start + rope),)),)
+    start = config.down_split[0] + rank
+    rotated = [slice(h * (nope + rope) + nope, (h + 1) * (nope + rope)) for h in range(config.n_heads)]
+    queries = tuple(place for at in rotated for place in _queries(name, config, at))
+    key = _outputs(f"{name}.down", slice(start, start + rope), bias=config.down_bias)
     yield slice(rank, rank + rope), Fold(divided=key, rows=queries)
 
 
 def _grouped_cache(name: str, config: GroupedQueryAttentionConfig) -> Iterator[tuple[slice, Fold]]:
     n_q, n_kv, width = config.n_heads, config.n_kv_heads, config.head_dim
-    qkv, out = f"{name}.qkv.weight", f"{name}.out.weight"
+    out = f"{name}.out.weight"
 
-    def heads(first: int, count: int = 1) -> At:
-        return (slice(first * width, (first + count) * width),)
+    def channels(head: int) -> slice:
+        return slice(head * width, (head + 1) * width)
+
+    def rows(head: int) -> Places:
+        return _outputs(f"{name}.qkv", channels(head), bias=config.qkv_bias)
 
     group = n_q // n_kv
     for head in range(n_kv):
-        queries = [heads(head * group + q) for q in range(group)]
-        yield (
-            heads(head)[0],
-            Fold(divided=((qkv, heads(n_q + head)),), rows=tuple((qkv, at) for at in queries)),
-        )
-        yield (
-            heads(n_kv + head)[0],
-            Fold(divided=((qkv, heads(n_q + n_kv + head)),), columns=tuple((out, at) for at in queries)),
-        )
+        queries = range(head * group, (head + 1) * group)
+        yield channels(head), Fold(divided=rows(n_q + head), rows=tuple(place for q in queries for place in rows(q)))
+        columns = tuple((out, (channels(q),)) for q in queries)
+        yield channels(n_kv + head), Fold(divided=rows(n_q + n_kv + head), columns=columns)

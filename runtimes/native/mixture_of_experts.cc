@@ -1,6 +1,5 @@
 // Routed and shared SwiGLU experts: tokens grouped by expert, only chosen experts read, work cut by rows of their matrices.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <deque>
 #include <numeric>
@@ -18,7 +17,7 @@ struct Busy {
   bool shared;
 };
 
-struct Routing {
+struct Assignment {
   std::vector<Busy> experts;
   std::vector<size_t> token;  // of each pair, grouped by expert
   std::vector<float> weight;  // of each pair
@@ -27,39 +26,29 @@ struct Routing {
   float WeightOf(const Busy& busy, size_t i) const { return busy.shared ? 1.0f : weight[busy.first + i]; }
 };
 
-// Biased choice, weights by the softmax of the unbiased logits of the chosen (arXiv 2401.06066, 2408.15664). logits [T, E].
-Routing Route(const MixtureOfExpertsArgs& a, const float* logits) {
-  std::vector<size_t> expert(a.tokens * a.top_k), order(a.n_routed), count(a.n_routed + 1, 0);
-  std::vector<float> weight(a.tokens * a.top_k);
+// logits [T, E].
+Assignment Assign(const MixtureOfExpertsArgs& a, const float* logits) {
+  const size_t top_k = a.routing.top_k;
+  std::vector<size_t> expert(a.tokens * top_k), count(a.n_routed + 1, 0);
+  std::vector<float> weight(a.tokens * top_k);
+  Router router(a.routing, a.n_routed);
   for (size_t t = 0; t < a.tokens; ++t) {
-    const float* row = logits + t * a.n_routed;
-    std::iota(order.begin(), order.end(), size_t{0});
-    std::partial_sort(order.begin(), order.begin() + a.top_k, order.end(), [&](size_t i, size_t j) {
-      const float left = row[i] + a.router_bias[i], right = row[j] + a.router_bias[j];
-      return left > right || (left == right && i < j);
-    });
-    float top = row[order[0]], sum = 0.0f;
-    for (size_t i = 1; i < a.top_k; ++i) top = std::max(top, row[order[i]]);
-    for (size_t i = 0; i < a.top_k; ++i) {
-      expert[t * a.top_k + i] = order[i];
-      sum += weight[t * a.top_k + i] = std::exp(row[order[i]] - top);
-      ++count[order[i] + 1];
-    }
-    for (size_t i = 0; i < a.top_k; ++i) weight[t * a.top_k + i] /= sum;
+    router.Choose(logits + t * a.n_routed, a.router_bias, &expert[t * top_k], &weight[t * top_k]);
+    for (size_t i = 0; i < top_k; ++i) ++count[expert[t * top_k + i] + 1];
   }
-  Routing routing;
-  routing.token.resize(expert.size());
-  routing.weight.resize(expert.size());
+  Assignment assigned;
+  assigned.token.resize(expert.size());
+  assigned.weight.resize(expert.size());
   std::partial_sum(count.begin(), count.end(), count.begin());
   for (size_t e = 0; e < a.n_routed; ++e)
-    if (count[e + 1] > count[e]) routing.experts.push_back({e, count[e], count[e + 1] - count[e], false});
-  for (size_t e = 0; e < a.n_shared; ++e) routing.experts.push_back({a.n_routed + e, 0, a.tokens, true});
+    if (count[e + 1] > count[e]) assigned.experts.push_back({e, count[e], count[e + 1] - count[e], false});
+  for (size_t e = 0; e < a.n_shared; ++e) assigned.experts.push_back({a.n_routed + e, 0, a.tokens, true});
   for (size_t pair = 0; pair < expert.size(); ++pair) {
     const size_t at = count[expert[pair]]++;
-    routing.token[at] = pair / a.top_k;
-    routing.weight[at] = weight[pair];
+    assigned.token[at] = pair / top_k;
+    assigned.weight[at] = weight[pair];
   }
-  return routing;
+  return assigned;
 }
 
 }  // namespace
@@ -78,36 +67,36 @@ void MixtureOfExperts(const MixtureOfExpertsArgs& a, const Kernels& k, const Par
   ForProducts(for_router, a.router, parallel, [&](size_t token, size_t first, size_t n, const float* values, size_t stride) {
     for (size_t i = 0; i < n; ++i) logits.get()[token * a.n_routed + first + i] = values[i * stride];
   });
-  const Routing routing = Route(a, logits.get());
+  const Assignment assigned = Assign(a, logits.get());
 
   // Every busy expert's tokens; a single token is the same for all.
-  const size_t n_busy = routing.experts.size();
+  const size_t n_busy = assigned.experts.size();
   std::deque<Activations> gathered;
   std::vector<Activations*> inputs(n_busy, &all);
   std::vector<size_t> start(n_busy + 1, 0);  // rows of `activated` before each expert's
   for (size_t i = 0; i < n_busy; ++i) {
-    const Busy& busy = routing.experts[i];
+    const Busy& busy = assigned.experts[i];
     start[i + 1] = start[i] + busy.count;
     if (!busy.shared && a.tokens > 1) inputs[i] = &gathered.emplace_back(busy.count, a.gate_up, k);
   }
   if (!gathered.empty())
     ForEach(parallel, n_busy, [&](size_t i) {
-      const Busy& busy = routing.experts[i];
+      const Busy& busy = assigned.experts[i];
       if (inputs[i] == &all) return;
       for (size_t group = 0; group < inputs[i]->groups(); ++group)
-        inputs[i]->Fill(group, [&](size_t j, float*) { return normed.get() + routing.TokenOf(busy, j) * dim; });
+        inputs[i]->Fill(group, [&](size_t j, float*) { return normed.get() + assigned.TokenOf(busy, j) * dim; });
     });
 
   Scratch activated(start[n_busy] * hidden);
   const size_t rows = RowsATask(a.gate_up, a.tokens), pieces = CeilDiv(hidden, rows);
   ForEach(parallel, n_busy * pieces, [&](size_t task) {
     const size_t i = task / pieces, first = task % pieces * rows;
-    Swiglu(*inputs[i], a.gate_up.At(routing.experts[i].expert), first, std::min(rows, hidden - first), k,
+    Swiglu(*inputs[i], a.gate_up.At(assigned.experts[i].expert), first, std::min(rows, hidden - first), k,
            activated.get() + start[i] * hidden);
   });
 
   std::deque<Activations> inner;
-  for (const Busy& busy : routing.experts) inner.emplace_back(busy.count, a.down, k);
+  for (const Busy& busy : assigned.experts) inner.emplace_back(busy.count, a.down, k);
   const auto fill_inner = [&](size_t i) {
     for (size_t group = 0; group < inner[i].groups(); ++group)
       inner[i].Fill(group, [&](size_t j, float*) { return activated.get() + (start[i] + j) * hidden; });
@@ -122,13 +111,13 @@ void MixtureOfExperts(const MixtureOfExpertsArgs& a, const Kernels& k, const Par
     const size_t first = task * down_rows, n = std::min(down_rows, dim - first);  // output channels of this task alone
     for (size_t t = 0; t < a.tokens; ++t) std::memcpy(a.y + t * dim + first, a.x + t * dim + first, n * sizeof(float));
     for (size_t i = 0; i < n_busy; ++i) {
-      const Busy& busy = routing.experts[i];
+      const Busy& busy = assigned.experts[i];
       Scratch out(inner[i].lanes() * n);
       inner[i].Multiply(a.down.At(busy.expert), first, n, out.get());
       for (size_t j = 0; j < busy.count; ++j) {
         const float* values = inner[i].Result(out.get(), n, j);
-        const float weight = routing.WeightOf(busy, j);
-        float* y = a.y + routing.TokenOf(busy, j) * dim + first;
+        const float weight = assigned.WeightOf(busy, j);
+        float* y = a.y + assigned.TokenOf(busy, j) * dim + first;
         for (size_t c = 0; c < n; ++c) y[c] += weight * values[c * inner[i].stride()];
       }
     }

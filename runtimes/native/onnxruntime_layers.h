@@ -57,10 +57,24 @@ struct FeedForwardKernel {
 
 struct MixtureOfExpertsKernel {
   WeightForm form;
-  int64_t top_k;
+  Routing routing;
   float epsilon;
   MixtureOfExpertsKernel(const OrtKernelInfo* info, bool quantized)
-      : form(info, quantized), top_k(Attribute<int64_t>(info, "top_k")), epsilon(Attribute<float>(info, "epsilon")) {}
+      : form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {
+    routing.top_k = Count(Attribute<int64_t>(info, "top_k"), "top_k");
+    // Bundles of earlier versions have none of these.
+    routing.sigmoid = Attribute<int64_t>(info, "scoring", 0) != 0;
+    routing.normalized = Attribute<int64_t>(info, "normalized", 1) != 0;
+    routing.scale = Attribute<float>(info, "scale", 1.0f);
+    routing.n_groups = Count(Attribute<int64_t>(info, "n_groups", 1), "n_groups");
+    routing.top_k_groups = Count(Attribute<int64_t>(info, "top_k_groups", 1), "top_k_groups");
+    routing.group_top_k = Count(Attribute<int64_t>(info, "group_top_k", 1), "group_top_k");
+  }
+
+  static size_t Count(int64_t value, const char* name) {
+    if (value < 1) throw std::invalid_argument("ai.mythos: " + std::string(name) + " is below 1");
+    return static_cast<size_t>(value);
+  }
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
@@ -70,13 +84,16 @@ struct MixtureOfExpertsKernel {
     a.gate_up = form.Read(in, &experts);
     a.down = form.Read(in, &experts_down);
     form.ReadActivationScales(in, {&a.gate_up, &a.down});
-    a.tokens = x.rows(), a.n_routed = router.dim(0), a.top_k = static_cast<size_t>(top_k), a.epsilon = epsilon;
+    a.tokens = x.rows(), a.n_routed = router.dim(0), a.routing = routing, a.epsilon = epsilon;
     const size_t dim = a.gate_up.k;
     Require(x.back(0) == dim && norm.size() == dim && router.dim(1) == dim && router_bias.size() == a.n_routed,
             "x, norm and router do not fit gate_up");
     Require(a.down.n == dim && a.gate_up.n == 2 * a.down.k && experts == experts_down && a.n_routed <= experts,
             "router, gate_up and down do not fit each other");
-    Require(top_k >= 1 && a.top_k <= a.n_routed, "top_k is not between 1 and the number of routed experts");
+    const size_t group = a.n_routed / routing.n_groups;
+    Require(group * routing.n_groups == a.n_routed && routing.top_k_groups <= routing.n_groups && routing.group_top_k <= group,
+            "the routed experts do not fit n_groups, top_k_groups and group_top_k");
+    Require(routing.top_k <= routing.top_k_groups * group, "top_k is above the number of experts to choose from");
     a.n_shared = experts - a.n_routed;
     a.x = x.floats(), a.norm = norm.floats(), a.router_bias = router_bias.floats();
     a.router.values = router.data(), a.router.n = a.n_routed, a.router.k = dim;

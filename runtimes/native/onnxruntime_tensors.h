@@ -101,6 +101,16 @@ T Attribute(const OrtKernelInfo* info, const char* name) {
   return Ort::ConstKernelInfo(info).GetAttribute<T>(name);
 }
 
+// The same of one that a node may lack.
+template <typename T>
+T Attribute(const OrtKernelInfo* info, const char* name, T otherwise) {
+  try {
+    return Attribute<T>(info, name);
+  } catch (const Ort::Exception&) {
+    return otherwise;
+  }
+}
+
 // How an operator's matrices are stored: as attributes of the quantized form say, or as floats where it has none.
 struct WeightForm {
   bool quantized;

@@ -10,6 +10,7 @@
 #include "attend.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "routing.h"
 
 namespace mythos {
 
@@ -48,7 +49,8 @@ void FeedForward(const FeedForwardArgs& a, const Kernels& kernels, const Paralle
 
 // y = x + the weighted sum of top_k of E routed experts and of the shared ones that follow them, on rms_norm(x).
 struct MixtureOfExpertsArgs {
-  size_t tokens, n_routed, n_shared, top_k;
+  size_t tokens, n_routed, n_shared;
+  Routing routing;
   float epsilon;
   const float* x;            // [T, D]
   const float* norm;         // [D]

@@ -122,7 +122,13 @@ void StressLinear(const Tables& tables) {
 
 void StressMixture(const Tables& tables) {
   mythos::MixtureOfExpertsArgs a{};
-  a.tokens = Between(1, 70), a.n_routed = Between(1, 12), a.n_shared = Between(0, 2), a.top_k = Between(1, a.n_routed);
+  a.tokens = Between(1, 70), a.n_routed = Between(1, 12), a.n_shared = Between(0, 2);
+  a.routing.n_groups = Between(0, 1) == 1 ? Between(1, 3) : 1;
+  a.n_routed *= a.routing.n_groups;
+  const size_t group = a.n_routed / a.routing.n_groups;
+  a.routing.top_k_groups = Between(1, a.routing.n_groups), a.routing.group_top_k = Between(1, std::min<size_t>(2, group));
+  a.routing.top_k = Between(1, a.routing.top_k_groups * group);
+  a.routing.sigmoid = Between(0, 1) == 1, a.routing.normalized = Between(0, 1) == 1, a.routing.scale = 1.5f;
   const size_t dim = Between(1, 50), hidden = Between(1, 60), experts = a.n_routed + a.n_shared;
   const auto x = Floats(a.tokens * dim), norm = Floats(dim), router = Floats(dim * a.n_routed), bias = Floats(a.n_routed);
   const Weights gate_up(experts, 2 * hidden, dim), down(experts, dim, hidden);
