@@ -52,10 +52,11 @@ class LayerSize:
         return sum(self.matrices.values()) + self.rest + self.n_experts * sum(self.expert.values())
 
     def read(self, tokens: int, storage: Storage) -> float:
-        """Bytes read for so many tokens at once, at most: every token may choose other experts."""
-        return self.bytes(storage, min(self.n_experts, tokens * self.top_k))
+        """Bytes read for so many tokens at once: of the experts that they choose in the mean, were every choice as likely."""
+        left_out = (1 - self.top_k / self.n_experts) ** tokens if self.n_experts else 0
+        return self.bytes(storage, self.n_experts * (1 - left_out))
 
-    def bytes(self, storage: Storage, experts: int) -> float:
+    def bytes(self, storage: Storage, experts: float) -> float:
         """Of what every token reads, and of so many routed experts."""
         always = sum(storage.bytes(name, numbers) for name, numbers in self.matrices.items())
         each = sum(storage.bytes(name, numbers) for name, numbers in self.expert.items())

@@ -379,3 +379,13 @@ def test_perplexity(name: str, shared: Path, tmp_path: Path) -> None:
         perplexity[dtype] = results[8].perplexity
     assert perplexity["float16"] == pytest.approx(perplexity["float32"], rel=1e-4)
     assert perplexity["int8"] == pytest.approx(perplexity["float32"], rel=1e-3)
+
+
+def test_bytes_of_a_batch_are_those_of_the_experts_it_touches() -> None:
+    """Against counting: rows of a batch that each choose 2 of 8 experts, every pair as likely."""
+    size = footprint.LayerSize({"weight": 10}, rest=0, expert={"gate_up": 6}, n_experts=8, top_k=2)
+    storage = footprint.Storage.of("float32", None)
+    rng = np.random.default_rng(0)
+    for batch in (1, 3, 20):
+        touched = np.mean([len({e for _ in range(batch) for e in rng.permutation(8)[:2]}) for _ in range(3000)])
+        assert size.read(batch, storage) == pytest.approx(4 * (10 + 6 * touched), rel=0.01)
