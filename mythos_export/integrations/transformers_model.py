@@ -5,6 +5,7 @@ Shape letters: B batch, P past columns of input_ids, S new ones, K columns with 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ _HINTS = {
     "load_in_4bit": "a bundle is quantized with `mythos-export quantize`",
     "trust_remote_code": "a bundle holds no code",
 }
-_NOT_FOR_THE_MODEL = ("tokenizer",)  # generate() hands on what stop_strings needed
+# What generate() hands on and the model has no use for: the tokenizer of stop_strings; positions, in transformers 5.0.
+_NOT_FOR_THE_MODEL = ("tokenizer", "cache_position")
 
 
 class MythosConfig(PreTrainedConfig):
@@ -72,28 +74,20 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls,
-        bundle: str | Path,
-        *,
-        n_loops: int | None = None,
-        backend: str = "auto",
-        threads: int | None = None,
-        native: bool | None = None,
-        engine: str | None = None,
-        max_batch: int = 1,
-        max_context: int | None = None,
-        **others: Any,
+        cls, bundle: str | Path, *, n_loops: int | None = None, **options: Any
     ) -> MythosForCausalLM:
-        """Loads a bundle folder. Arguments as `mythos_export.load`, and n_loops, the depth where a call names none.
+        """Loads a bundle folder. n_loops: depth where a call names none. options: those of `mythos_export.load`: backend, threads,
+        native, engine, max_batch, max_context.
 
         The generation_config.json of the checkpoint, where the bundle carries one, gives the defaults of generate(); tokens that
         end a text are those of the bundle (`export --eos`). Raises BundleError and BackendError as load does, InputError for
         arguments that a bundle has no use for.
         """
-        for name, value in others.items():
-            if value is not None:
+        known = inspect.signature(load).parameters
+        for name, value in options.items():
+            if name not in known and value is not None:
                 raise InputError(f"{name} is {value!r}; {_HINTS.get(name, 'a bundle takes no such argument')}")
-        runner = load(bundle, backend, threads, native, engine=engine, max_batch=max_batch, max_context=max_context)
+        runner = load(bundle, **{name: value for name, value in options.items() if name in known})
         model = cls(runner, n_loops, str(bundle))
         if GENERATION_CONFIG in runner.manifest.files:
             model.generation_config = _generation_config(Path(bundle) / GENERATION_CONFIG, runner)
