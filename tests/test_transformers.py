@@ -147,6 +147,15 @@ def test_pipelines_streamers_and_processors(llama: tuple[Any, Path, Path], model
     assert len(ended) < len(texts[0])
 
 
+def test_pipelines_leave_the_model_where_it_is(llama: tuple[Any, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They move models to the GPU that they find; where a bundle runs is its backend's matter."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(transformers.pipelines.base, "is_torch_cuda_available", lambda: True)
+    told = MythosForCausalLM.from_pretrained(llama[2])
+    write = pipeline("text-generation", model=told, tokenizer=AutoTokenizer.from_pretrained(llama[2]))
+    assert write.device == torch.device("cpu")
+
+
 def test_depth_may_be_chosen(looped: MythosForCausalLM, tiny_bundle: Path) -> None:
     """By call, sequence and model, with beams as well; it may not rise on a cache."""
     ids = torch.tensor([[5, 6, 7], [8, 9, 10], [5, 6, 7]])
