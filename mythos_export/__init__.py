@@ -1,7 +1,7 @@
 """mythos-export: OpenMythos training checkpoints to ONNX bundles, and one Runner for them.
 
-`load` and what belongs to it come from `runtimes` and need no torch; `export_bundle` and `verify_bundle` do, and are
-imported when used.
+`load` and what belongs to it come from `runtimes` and need no torch; `export_bundle`, `verify_bundle` and `MythosForCausalLM`
+do, and are imported when used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ _HOMES = {
     "export_bundle": "mythos_export.export",
     "load_checkpoint": "mythos_export.checkpoint",
     "verify_bundle": "mythos_export.verify",
+    "MythosForCausalLM": "mythos_export.integrations.transformers_model",
 }
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from mythos_export.checkpoint import load_checkpoint as load_checkpoint
     from mythos_export.export import export_bundle as export_bundle
+    from mythos_export.integrations.transformers_model import MythosForCausalLM as MythosForCausalLM
     from mythos_export.verify import verify_bundle as verify_bundle
     from runtimes.errors import BackendError as BackendError
     from runtimes.errors import BundleError as BundleError

@@ -25,7 +25,7 @@ from mythos_export.config import ConfigError, ModelConfig
 from mythos_export.families import FAMILIES, Family, open_mythos
 from mythos_export.families.family import Pack
 from mythos_export.shards import INDEX, CheckpointError, hash_of, open_tensors, with_scales
-from runtimes.bundle import Source
+from runtimes.bundle import GENERATION_CONFIG, Source
 from runtimes.folder_writer import sha256_of
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+|(?:_fsdp_wrapped_module|_orig_mod)\.")
@@ -45,7 +45,7 @@ class Checkpoint:
     settings: the family's own config. config: ours. get: a tensor by the family's name, in its stored dtype, mapped from
     the file. source: where it came from. tokenizer: a tokenizer.json found beside it, if any. family: what maps settings and names
     onto ours. eos_token_ids: what ends a text, as generation_config.json or config.json says. unread: tensors that only training
-    needs.
+    needs. generation_config: a generation_config.json found beside it, if any.
     """
 
     settings: Any
@@ -56,6 +56,7 @@ class Checkpoint:
     family: Family = open_mythos.FAMILY
     eos_token_ids: tuple[int, ...] = ()
     unread: tuple[str, ...] = ()
+    generation_config: Path | None = None
 
     def tensors(self, max_loops: int) -> dict[str, Pack]:
         """The Decoder's tensors, each as an iterator of pieces along its first dimension."""
@@ -179,7 +180,7 @@ def _family(fields: dict[str, Any], where: str) -> Family:
 
 def _ends(folder: Path, fields: dict[str, Any]) -> tuple[int, ...]:
     """eos_token_id of generation_config.json, else of config.json: a number, several or none."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_CONFIG
     found = _read_json(path).get("eos_token_id") if path.is_file() else None
     found = fields.get("eos_token_id") if found is None else found
     numbers = found if isinstance(found, list) else [] if found is None else [found]
@@ -250,10 +251,15 @@ def _checkpoint(
             raise CheckpointError(
                 f"{path}: {head} differs from {embed}, but the model ties them; the checkpoint is inconsistent"
             )
-    tokenizer = path.with_name("tokenizer.json")
+    tokenizer, generation = (_beside(path, name) for name in ("tokenizer.json", GENERATION_CONFIG))
     return Checkpoint(
-        settings, config, get, source, tokenizer if tokenizer.is_file() else None, family, eos_token_ids, tuple(unread)
+        settings, config, get, source, tokenizer, family, eos_token_ids, tuple(unread), generation_config=generation
     )
+
+
+def _beside(path: Path, name: str) -> Path | None:
+    found = path.with_name(name)
+    return found if found.is_file() else None
 
 
 def _random(text: str) -> Checkpoint:

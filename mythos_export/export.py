@@ -19,7 +19,7 @@ from mythos_export.model import Decoder
 from mythos_export.overloads import DEQUANTIZED, PORTABLE
 from mythos_export.shards import CheckpointError
 from mythos_export.trace import DATA_TYPES, Parameter, Traced, store_reduced, trace
-from runtimes.bundle import FORMAT_VERSION, BundleWriter, Graph, Manifest
+from runtimes.bundle import FORMAT_VERSION, GENERATION_CONFIG, BundleWriter, Graph, Manifest
 from runtimes.cache import CACHE_DTYPES
 from runtimes.errors import InputError
 from runtimes.folder_writer import HashedFile
@@ -28,6 +28,8 @@ GRAPH_FILE = "decoder.onnx"
 WIDE_GRAPH_FILE = "decoder.float32.onnx"
 WEIGHTS_FILE = "weights.bin"
 TOKENIZER_FILE = "tokenizer.json"
+# What transformers reads beside a tokenizer.json; the Runner does without.
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "chat_template.jinja")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PAGE = 4096  # large tensors start on a page, so that a runtime can map them; small ones on a cache line
 _LINE = 64
@@ -78,8 +80,8 @@ def export_bundle(
             store_reduced(graph.model, stored)
             _attach(graph.model, stored, offsets)
             write_graph(writer.create(form.file), graph.model)
-        if text_file:
-            writer.create(TOKENIZER_FILE).write(text_file.read_bytes())
+        for name, path in _companions(checkpoint, text_file).items():
+            writer.create(name).write(path.read_bytes())
         return writer.commit(
             Manifest(
                 format="mythos-bundle",
@@ -177,6 +179,14 @@ def _check_tokenizer(path: Path | None, vocab_size: int, eos: Sequence[str]) -> 
     if None in ids:
         raise InputError(f"{path}: has no token {eos[ids.index(None)]}; eos expects tokens of its vocabulary")
     return tuple(token for token in ids if token is not None)
+
+
+def _companions(checkpoint: Checkpoint, tokenizer: Path | None) -> dict[str, Path]:
+    """Files that come along as they are, by their names in the bundle."""
+    found = {TOKENIZER_FILE: tokenizer, GENERATION_CONFIG: checkpoint.generation_config}
+    if tokenizer:
+        found |= {name: tokenizer.with_name(name) for name in TOKENIZER_SETTINGS}
+    return {name: path for name, path in found.items() if path is not None and path.is_file()}
 
 
 def _bytes_needed(config: ModelConfig, max_loops: int, dtype: torch.dtype) -> int:

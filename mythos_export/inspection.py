@@ -51,6 +51,7 @@ def list_families() -> list[dict[str, Any]]:
 _NEEDS = {
     "run": ["numpy", "onnxruntime", "tokenizers", "msgspec"],
     "export": ["torch", "onnx", "onnxscript", "onnx-ir", "safetensors"],
+    "generate in transformers": ["torch", "transformers"],
     "compare with the reference": ["open-mythos"],
 }
 
@@ -72,6 +73,7 @@ def doctor() -> dict[str, Any]:
     fixes = {
         "run": "pip install mythos-export",
         "export": "pip install 'mythos-export[export]'",
+        "generate in transformers": "pip install 'mythos-export[transformers]'",
         "compare with the reference": "pip install 'mythos-export[export]' and pip install --no-deps open-mythos==0.5.0",
     }
     no_kernels = cuda_kernels.problem()

@@ -103,7 +103,7 @@ class Sequences(Protocol):
         ...
 
     def keep(self, rows: list[int]) -> None:
-        """Drops all sequences but these."""
+        """Goes on with these sequences in this order, each with a cache of its own where one is named more than once."""
         ...
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from runtimes.folder_writer import PARTIAL, FileEntry, FolderWriter, sha256_of
 
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
+GENERATION_CONFIG = "generation_config.json"  # of the checkpoint, where it had one
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a manifest is a few KB
 
 

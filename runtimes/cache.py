@@ -47,7 +47,7 @@ class Cache:
         self.length = self.length + counts
 
     def keep(self, sequences: list[int]) -> None:
-        """Drops all sequences but these."""
+        """Goes on with these sequences, in this order; one may be named more than once."""
         self._buffers = [np.ascontiguousarray(buffer[:, sequences]) for buffer in self._buffers]
         self.length = self.length[sequences]
 

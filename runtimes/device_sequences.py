@@ -95,7 +95,7 @@ class DeviceSequences:
             stream.copy_rows(to, batch * capacity * row, source, slot_stride, count[b] * row, slots)
 
     def keep(self, rows: list[int]) -> None:
-        """Drops all sequences but these."""
+        """Goes on with these sequences; see Sequences."""
         with self._executor.lock:
             before, length = self._open_buffer(), self._length[rows]
             capacity = self._layout.capacity(int(length.max()))

@@ -37,7 +37,7 @@ class HostSequences:
         return Likeliest(tokens, logprobs, exit_loop)
 
     def keep(self, rows: list[int]) -> None:
-        """Drops all sequences but these."""
+        """Goes on with these sequences; see Sequences."""
         self._cache.keep(rows)
 
     def close(self) -> None:

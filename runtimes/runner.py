@@ -93,6 +93,11 @@ class Runner:
         return None if memory is None else memory.to_dict()
 
     @property
+    def max_context(self) -> int:
+        """Tokens a sequence can have: positions of the model, or fewer of an engine."""
+        return self._backend.max_context
+
+    @property
     def native(self) -> bool:
         """Whether the operators' native kernels run, not their portable bodies."""
         return self._backend.native

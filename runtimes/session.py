@@ -103,7 +103,9 @@ class Session:
                     yield Chunk(b, start, out.logits[b, :count], out.exit_loop[b, :count])
 
     def keep(self, rows: list[int]) -> None:
-        """Goes on with these rows only."""
+        """Goes on with these rows, in this order; a row may go on more than once, as in beam search."""
+        if rows == list(range(len(self.past_len))):
+            return
         self._sequences.keep(rows)
         self.n_loops = self.n_loops[rows]
 

@@ -25,6 +25,7 @@ FORBIDDEN = {
     "runtimes": {"torch", "onnx", "mythos_export", "calibration"},
     "calibration": {"mythos_export"},
     "mythos_export": {"tests", "open_mythos"},
+    "optimum": {"torch", "transformers"},
 }
 
 

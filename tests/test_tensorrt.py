@@ -105,7 +105,7 @@ def test_a_step_over_a_given_cache_is_onnxruntimes(pair: tuple[Runner, Runner]) 
 def test_any_sequences_grow_as_on_onnxruntime(
     pair: tuple[Runner, Runner], lengths: list[int], steps: int, data: st.DataObject
 ) -> None:
-    """Prefills, decode steps and rows dropped, over caches that grow by a few rows."""
+    """Prefills, decode steps, rows dropped, reordered and doubled, over caches that grow by a few rows."""
     on_gpu, on_cpu = pair
     random = np.random.default_rng(sum(lengths))
     sessions = [runner.session(len(lengths)) for runner in (on_gpu, on_cpu)]
@@ -113,8 +113,8 @@ def test_any_sequences_grow_as_on_onnxruntime(
     for step in range(steps + 1):
         got, want = (session.advance(rows)[0] for session in sessions)
         np.testing.assert_allclose(got, want, atol=5e-4)
-        if step == steps // 2 and len(rows) > 1:
-            kept = data.draw(st.lists(st.sampled_from(range(len(rows))), min_size=1, unique=True).map(sorted))
+        if step == steps // 2:
+            kept = data.draw(st.lists(st.sampled_from(range(len(rows))), min_size=1, max_size=4))
             for session in sessions:
                 session.keep(kept)
             rows = [rows[b] for b in kept]

@@ -31,7 +31,9 @@ def export(
     max_loops: Annotated[
         int | None, typer.Option(help="Deepest n_loops of a dynamic bundle; default the trained count.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Storage of the matrices.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="float32|float16|bfloat16", help="Storage of the matrices.")
+    ] = Dtype.float32,
     cache_dtype: Annotated[
         str | None, typer.Option(metavar="float32|float16|int8", help="Storage of the cache; default that of --dtype.")
     ] = None,

@@ -174,8 +174,9 @@ def quantize_bundle(
         _write_weights(writer.create(WEIGHTS_FILE), model, source, quantizer, progress or (lambda *_: None))
         attach_functions(model)
         write_graph(writer.create(GRAPH_FILE), model)
-        if source.manifest.tokenizer:
-            writer.create(source.manifest.tokenizer).write((source.folder / source.manifest.tokenizer).read_bytes())
+        graphs = {name for graph in source.manifest.graphs for name in (graph.file, *graph.weights)}
+        for name in sorted(source.manifest.files.keys() - graphs):
+            writer.create(name).write((source.folder / name).read_bytes())
         manifest = writer.commit(_manifest(source, plan, quantizer, calibration))
     if then:
         then(quantizer)
