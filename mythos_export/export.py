@@ -125,6 +125,7 @@ class _Form:
             cache_width=config.cache_width,
             vocab_size=config.vocab_size,
             max_seq_len=config.max_seq_len,
+            window=config.window,
         )
 
 

@@ -6,15 +6,18 @@ import numpy as np
 
 from runtimes.backend import Backend, Int64, Likeliest, Logits, NewTokens, StepInput, StopSignal
 from runtimes.cache import Cache
+from runtimes.memory import MemoryBudget
 from runtimes.sampling import log_softmax
 
 
 class HostSequences:
     """Runs steps through Backend.run, the cache given and the new rows appended here. Made by a backend's start()."""
 
-    def __init__(self, backend: Backend, batch: int, slots: int) -> None:
-        self._backend = backend
-        self._cache = Cache(slots, batch, backend.graph.cache_width, backend.graph.cache_dtype)
+    def __init__(self, backend: Backend, batch: int, slots: int, tokens: int, budget: MemoryBudget) -> None:
+        self._backend, graph = backend, backend.graph
+        self._cache = Cache(
+            slots, batch, graph.cache_width, graph.cache_dtype, window=graph.window, tokens=tokens, budget=budget
+        )
 
     @property
     def length(self) -> Int64:
@@ -35,6 +38,10 @@ class HostSequences:
         tokens = logits.argmax(-1)
         logprobs = np.take_along_axis(log_softmax(logits), tokens[..., None], -1)[..., 0]
         return Likeliest(tokens, logprobs, exit_loop)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for sequences of so many tokens; see Sequences."""
+        self._cache.reserve(tokens)
 
     def keep(self, rows: list[int]) -> None:
         """Drops all sequences but these."""
