@@ -35,8 +35,8 @@ def say_once(message: str) -> None:
 
 
 class StepInput(NamedTuple):
-    """input_ids [B, S], past_len [B], past_kv [slots, B, C, W] in the cache's dtype (position p at p mod C), logit_positions [B, K], n_loops [B] (unused by
-    a fixed graph), past_scale [slots, B, C] of an int8 cache, else None."""
+    """input_ids [B, S], past_len [B], past_kv [slots, B, C, W] in the cache's dtype (the row of position p at p mod C),
+    logit_positions [B, K], n_loops [B] (unused by a fixed graph), past_scale [slots, B, C] of an int8 cache, else None."""
 
     input_ids: Int64
     past_len: Int64

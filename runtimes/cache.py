@@ -41,10 +41,10 @@ class Cache:
         self._share: MemoryShare = (budget or MemoryBudget(None, 0)).share()
         self._row_bytes = slots * (width * np.dtype(dtype).itemsize + (4 if dtype == "int8" else 0))
         capacity = self._capacity(tokens)
-        self._take(batch, capacity)
-        self._buffers: list[Array] = [np.zeros((slots, batch, capacity, width), dtype=np.dtype(dtype))]
-        if dtype == "int8":
-            self._buffers.append(np.zeros((slots, batch, capacity), dtype=np.float32))
+        with self._share.allocating(*self._size(batch, capacity)):
+            self._buffers: list[Array] = [np.zeros((slots, batch, capacity, width), dtype=np.dtype(dtype))]
+            if dtype == "int8":
+                self._buffers.append(np.zeros((slots, batch, capacity), dtype=np.float32))
 
     @property
     def rows(self) -> Array:
@@ -76,7 +76,7 @@ class Cache:
         capacity = self.rows.shape[2]
         self._lay_out(sequences, capacity)
         self.length = self.length[sequences]
-        self._take(len(sequences), capacity)
+        self._share.resize(*self._size(len(sequences), capacity))
 
     def reserve(self, tokens: int) -> None:
         """Makes room for sequences of so many tokens."""
@@ -85,25 +85,32 @@ class Cache:
             return
         # An eighth more than before, in whole blocks: a long sequence is moved a few times, not once a block.
         capacity = self._capacity(max(tokens, before * 9 // 8))
-        self._take(batch, capacity)
-        self._lay_out(range(batch), capacity)
+        with self._share.allocating(*self._size(batch, capacity)):
+            self._lay_out(range(batch), capacity)
 
     def _capacity(self, tokens: int) -> int:
         rows = -(-max(tokens, 1) // BLOCK) * BLOCK
         return min(rows, self._window) if self._window else rows
 
-    def _take(self, batch: int, capacity: int) -> None:
-        self._share.resize(batch * capacity * self._row_bytes, f"a cache of {batch} × {capacity} tokens")
+    def _size(self, batch: int, capacity: int) -> tuple[int, str]:
+        """Bytes of such a cache, and what to call it."""
+        return batch * capacity * self._row_bytes, f"a cache of {batch} × {capacity} tokens"
 
     def _lay_out(self, sequences: Sequence[int], capacity: int) -> None:
         """Moves the rows of these sequences, in place, to where they stand in buffers of that capacity; one slot is held twice."""
-        live = min(int(self.length.max()), self.rows.shape[2])
-        for buffer in self._buffers:
-            slots, *before = buffer.shape
-            after = [len(sequences), capacity, *before[2:]]
+        slots, batch, old_capacity, _ = self.rows.shape
+        live = min(int(self.length.max()), old_capacity)
+        shapes = [([batch, *part.shape[2:]], [len(sequences), capacity, *part.shape[3:]]) for part in self._buffers]
+        if len(sequences) * capacity > batch * old_capacity:
+            try:
+                for buffer, (_, after) in zip(self._buffers, shapes, strict=True):
+                    buffer.resize((slots, *after), refcheck=False)  # no view of it is left from any step
+            except MemoryError:
+                for buffer, (before, _) in zip(self._buffers, shapes, strict=True):
+                    buffer.resize((slots, *before), refcheck=False)
+                raise
+        for buffer, (before, after) in zip(self._buffers, shapes, strict=True):
             size, new_size = math.prod(before), math.prod(after)
-            if new_size > size:
-                buffer.resize((slots, *after), refcheck=False)  # no view of it is left from any step
             flat = buffer.reshape(-1)
             for slot in reversed(range(slots)) if new_size > size else range(slots):
                 rows = flat[slot * size : (slot + 1) * size].reshape(before)[list(sequences), :live]

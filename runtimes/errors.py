@@ -14,7 +14,7 @@ class InputError(MythosError, ValueError):
 
 
 class MemoryLimitError(MythosError):
-    """A request that does not fit into the memory_limit that was set."""
+    """A request that does not fit into the memory_limit that was set, or into what memory there is."""
 
 
 class BackendError(MythosError):

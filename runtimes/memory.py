@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from runtimes.errors import MemoryLimitError
 
@@ -31,7 +33,7 @@ class MemoryBudget:
         return MemoryShare(self)
 
     def take(self, share: MemoryShare, n_bytes: int, what: str) -> None:
-        """Lets a share hold so many bytes from here on. Raises MemoryLimitError, and leaves it as it was, where they are too many."""
+        """Lets a share hold so many bytes from here on; raises MemoryLimitError, and leaves it as it was, for too many."""
         with self._lock:
             others = sum(other.n_bytes for other in self._shares if other is not share)
             over = 0 if self._limit is None else self._weights + others + n_bytes - self._limit
@@ -54,3 +56,16 @@ class MemoryShare:
     def resize(self, n_bytes: int, what: str) -> None:
         """Raises MemoryLimitError where the budget has not so many; what: they are for."""
         self._budget.take(self, n_bytes, what)
+
+    @contextmanager
+    def allocating(self, n_bytes: int, what: str) -> Iterator[None]:
+        """resize, for memory that is allocated meanwhile; raises MemoryLimitError too where the system does not give it."""
+        before = self.n_bytes
+        self.resize(n_bytes, what)
+        try:
+            yield
+        except MemoryError as error:
+            self.n_bytes = before
+            raise MemoryLimitError(
+                f"{what} takes {gigabytes(n_bytes)}, which the system does not give; close sessions or shorten them"
+            ) from error

@@ -166,7 +166,7 @@ class Runner:
         top_k, top_p, min_p, repetition_penalty: see Sampling. seed: of the draws, default a fresh one (in stats.seed). stop:
         texts, special tokens or token ids that end a sequence; a stop text is left out of the output. ignore_eos: go on after a
         token that the bundle was exported with as ending a text.
-        Raises InputError before any work for anything the model cannot serve, MemoryLimitError for what memory_limit does not allow.
+        Raises InputError before any work for anything the model cannot serve, MemoryLimitError for what exceeds memory_limit.
         """
         batched = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
         prompts: list[Any] = list(prompt) if batched else [prompt]
