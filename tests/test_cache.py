@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_export.cli.app import memory_size
+from mythos_export.cli.app import app, memory_size
 from runtimes.cache import Cache
 from runtimes.errors import BackendError, InputError, MemoryLimitError
 from runtimes.memory import MemoryBudget
@@ -110,6 +110,17 @@ def test_a_memory_limit_is_kept(tiny_bundle: Path) -> None:
         runner.session()
         with pytest.raises(BackendError, match="the sequences are closed; start new ones"):
             session.advance([[1]])
+
+
+def test_max_memory_on_the_command_line(tiny_bundle: Path) -> None:
+    for command in (["generate", "--ids", "1,2"], ["bench"], ["eval", "--text", str(tiny_bundle / "manifest.json")]):
+        with pytest.raises(MemoryLimitError, match=r"the weights take .*, more than the memory_limit of 0.001 GB"):
+            app([*command, str(tiny_bundle), "--max-memory", "1MB", "--backend", "onnxruntime"], standalone_mode=False)
+
+
+def test_an_engine_keeps_to_a_memory_limit(own_bundle: Path, engine: Path) -> None:
+    with pytest.raises(MemoryLimitError, match=r"the engine needs .*, more than the memory_limit of 1e-06 GB; lower"):
+        load(own_bundle, "tensorrt", memory_limit=1000)
 
 
 @pytest.mark.parametrize(
