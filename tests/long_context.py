@@ -1,4 +1,4 @@
-"""A tiny 'Myth' blueprint over a long context: prefill in chunks, then greedy tokens, against transformers, and the memory that takes.
+"""A tiny 'Myth' blueprint over a long context: prefill in chunks, then greedy tokens, against transformers; and its memory.
 By hand (`make long-context`) over 100,000 tokens; a test does it over a few thousand.
 """
 

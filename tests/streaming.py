@@ -64,10 +64,18 @@ def peak_of(*arguments: object) -> str:
     return f"{arguments[0]}: at most {usage.ru_maxrss / 1000:.0f} MB of memory"
 
 
-if __name__ == "__main__":
+def show(gigabytes: str) -> None:
     with tempfile.TemporaryDirectory() as made:
         home = Path(made)
-        write_checkpoint(home / "checkpoint", float(sys.argv[1]))
+        # In a process of its own: what a child's parent held counts as the child's.
+        subprocess.run([sys.executable, __file__, gigabytes, home / "checkpoint"], check=True)
         print(f"a checkpoint of {sum(path.stat().st_size for path in (home / 'checkpoint').iterdir()) / 1e9:.2f} GB")
         print(peak_of("export", home / "checkpoint", "-o", home / "bundle"))
         print(peak_of("quantize", home / "bundle", "-o", home / "quantized", "--recipe", "int4"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        write_checkpoint(Path(sys.argv[2]), float(sys.argv[1]))
+    else:
+        show(sys.argv[1])
