@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: venv native cuda cpp cpp-asan cpp-tsan cpp-fuzz cpp-aarch64 toolchains demo test lint clean
+.PHONY: venv native cuda cpp cpp-asan cpp-tsan cpp-fuzz cpp-aarch64 toolchains streaming long-context demo test lint clean
 
 venv: .venv/installed
 
@@ -72,6 +72,17 @@ cpp-fuzz: toolchains $(CPP_BUNDLE)
 # Cross-compiled, and run under emulation.
 cpp-aarch64: toolchains native
 	MYTHOS_TEST_AARCH64=1 $(BIN)/pytest tests/test_cpp_aarch64.py
+
+# What takes minutes and much disk: a checkpoint of GB gigabytes exported and quantized, and 100,000 tokens, with the memory they took.
+GB := 3
+TOKENS := 100000
+
+streaming: venv
+	$(BIN)/python tests/streaming.py $(GB)
+
+long-context: venv native
+	$(BIN)/python tests/long_context.py $(TOKENS) 4096
+	$(BIN)/python tests/long_context.py $(TOKENS) 0
 
 cpp_build = $(BIN)/cmake -S runtimes/cpp --preset $(1) -B $(CPP)/$(1) -DPYTHON=$(CURDIR)/$(BIN)/python >/dev/null \
 	&& $(BIN)/cmake --build $(CPP)/$(1) --parallel 2 >/dev/null

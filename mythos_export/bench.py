@@ -75,6 +75,7 @@ class Workload:
     native: bool | None = None
     backend: str = "auto"
     engine: str | None = None
+    memory_limit: int | None = None
 
     @property
     def longest(self) -> int:
@@ -115,6 +116,7 @@ def bench(
         engine=workload.engine,
         max_batch=workload.batch,
         max_context=workload.longest,
+        memory_limit=workload.memory_limit,
     )
     loops = workload.check(runner)
     tests = [name for name, tokens in (("pp", workload.prompt), ("tg", workload.new)) if tokens]
@@ -138,7 +140,7 @@ def bench(
     rows = [_row(runner, name, workload, loops, measured[name], reference_seconds[name]) for name in tests]
     weights = sum(runner.manifest.files[name].size for name in runner.graph.weights)
     config = ModelConfig.from_dict(runner.manifest.model)
-    cache = footprint.cache_bytes(config, loops, workload.batch * workload.longest, runner.graph.cache_dtype)
+    cache = workload.batch * footprint.cache_bytes(config, loops, workload.longest, runner.graph.cache_dtype)
     return Report(
         tuple(rows),
         statistics.median(bandwidth.probes),
@@ -153,7 +155,7 @@ def _runner_test(runner: Runner, name: str, workload: Workload, loops: int) -> C
     tokens = _tokens(runner.graph.vocab_size, workload)
 
     def prefill() -> float:
-        session = runner.session(workload.batch, loops)
+        session = runner.session(workload.batch, loops, tokens=workload.prompt)
         began = time.perf_counter()
         session.advance(tokens[:, : workload.prompt].tolist())
         seconds = time.perf_counter() - began
@@ -161,7 +163,7 @@ def _runner_test(runner: Runner, name: str, workload: Workload, loops: int) -> C
         return seconds
 
     def decode() -> float:
-        session = runner.session(workload.batch, loops)
+        session = runner.session(workload.batch, loops, tokens=workload.context + 1 + workload.new)
         session.advance(tokens[:, : workload.context + 1].tolist())
         steps = [column[:, None].tolist() for column in tokens[:, workload.context + 1 :].T[: workload.new]]
         # As generate does when greedy: an engine chooses on the device. On onnxruntime the choice is ours, not the model's.
@@ -253,7 +255,7 @@ def _bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) 
         return weights / (batch * workload.prompt) + row
     weights = footprint.weight_bytes_read(config, loops, batch, storage)
     mean_past = workload.context + 1 + (workload.new - 1) / 2
-    return weights / batch + row * (mean_past + 1)
+    return weights / batch + row * (min(mean_past, config.window or mean_past) + 1)
 
 
 def environment(runner: Runner, threads: int) -> dict[str, Any]:

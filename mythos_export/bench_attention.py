@@ -104,7 +104,7 @@ def bench_attention(
             return (time.perf_counter() - began) / _RUNS
 
         test()  # warm-up
-        n_bytes = context * footprint.row_bytes(attention.cache_width, cache_dtype)
+        n_bytes = _rows(attention, context) * footprint.row_bytes(attention.cache_width, cache_dtype)
         rows.append(_row(context, n_bytes, [bandwidth.beside(test) for _ in range(repetitions)]))
     about = environment(runner, n_threads)
     about |= {"attention": msgspec.to_builtins(attention), "cache_dtype": cache_dtype}
@@ -167,9 +167,14 @@ def _session(
     return onnxruntime.InferenceSession(model.SerializeToString(), options), feeds
 
 
+def _rows(config: AttentionConfig, context: int) -> int:
+    """What a cache holds of so many tokens."""
+    return min(context, getattr(config, "window", 0) or context)
+
+
 def _cache(config: AttentionConfig, cache_dtype: str, context: int) -> Feeds:
     """Rows of ones."""
-    shape, (kind, dtype) = (1, 1, context, config.cache_width), CACHES[cache_dtype]
+    shape, (kind, dtype) = (1, 1, _rows(config, context), config.cache_width), CACHES[cache_dtype]
     past_kv: NDArray[Any] = np.full(shape, 0x3F80 if cache_dtype == "bfloat16" else 1, dtype)
     feeds: Feeds = {
         "past_kv": onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(past_kv, kind),

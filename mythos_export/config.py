@@ -285,6 +285,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rope_dim(self) -> int:
         return self.layers[0].attention.rope_dim
 
+    @property
+    def window(self) -> int:
+        """Positions that are seen by the layer that sees most, itself included; 0 where one sees all."""
+        windows = [getattr(layer.attention, "window", 0) for layer in self.layers]
+        return max(windows) if all(windows) else 0
+
     def slots(self, n_loops: int) -> int:
         """Cache slots of a sequence that runs n_loops loops."""
         return len(self.prelude) + n_loops * len(self.loop_layers) + len(self.coda)

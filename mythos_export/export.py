@@ -33,6 +33,7 @@ TOKENIZER_SETTINGS = ("tokenizer_config.json", "chat_template.jinja")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PAGE = 4096  # large tensors start on a page, so that a runtime can map them; small ones on a cache line
 _LINE = 64
+_PART = 4 * 2**20  # numbers converted and written at a time
 _SMALL_FILES = 32 * 2**20  # bytes allowed for graphs, tokenizer and manifest when asking whether the disk has room
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
@@ -126,6 +127,7 @@ class _Form:
             cache_width=config.cache_width,
             vocab_size=config.vocab_size,
             max_seq_len=config.max_seq_len,
+            window=config.window,
         )
 
 
@@ -211,8 +213,9 @@ def _write_weights(
                     f"{name}: a piece of shape {list(piece.shape)} does not fit {list(parameter.shape)}"
                 )
             rows += piece.shape[0]
-            file.write(bytes_of(piece.to(parameter.dtype)))
-            tell("writing weights", file.size, total)
+            for part in piece.flatten().split(_PART):
+                file.write(bytes_of(part.to(parameter.dtype)))
+                tell("writing weights", file.size, total)
         if rows != parameter.shape[0]:
             raise CheckpointError(f"{name}: {rows} rows, expected {parameter.shape[0]}")
         offsets[name] = (start, file.size - start)

@@ -141,8 +141,10 @@ def weight_bytes_read(config: ModelConfig, n_loops: int, tokens: int = 1, storag
 
 
 def cache_bytes(config: ModelConfig, n_loops: int, tokens: int, cache_dtype: str) -> int:
-    """Bytes in the cache of one sequence of so many tokens, with the float32 scale of every int8 row."""
-    return config.slots(n_loops) * tokens * row_bytes(config.cache_width, cache_dtype)
+    """Bytes in the cache of one sequence of so many tokens (of the last `window` where every layer has one), with the float32 scale
+    of every int8 row."""
+    rows = min(tokens, config.window or tokens)
+    return config.slots(n_loops) * rows * row_bytes(config.cache_width, cache_dtype)
 
 
 def row_bytes(width: int, cache_dtype: str) -> int:

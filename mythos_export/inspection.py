@@ -26,11 +26,13 @@ def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(manifest)
     graph = manifest.graphs[0]
     loops = graph.loops if graph.loops is not None else graph.default_loops
+    per_token = footprint.cache_bytes(config, loops, 1, graph.cache_dtype)
     return {
         "bundle": str(folder),
         "parameters": footprint.parameters(config),
         "weights_read_per_token": int(footprint.weight_bytes_read(config, loops, storage=footprint.Storage(1, 1))),
-        "cache_bytes_per_token": footprint.cache_bytes(config, loops, 1, graph.cache_dtype),
+        "cache_bytes_per_token": per_token,
+        "cache_bytes": per_token * min(config.max_seq_len, graph.window or config.max_seq_len),
         "loops": loops,
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "engines": engine_summaries(folder, manifest),

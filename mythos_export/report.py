@@ -264,6 +264,10 @@ def _limit(board: dict[str, Any]) -> str:
     return f"{size(missing)} short" if missing else f"{board['tokens_per_second_limit']:.3g}"
 
 
+def _kept(graph: dict[str, Any]) -> str:
+    return f"of the last {graph['window']} tokens" if graph["window"] else f"of {graph['max_seq_len']} tokens"
+
+
 def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
     """What `inspect` shows: the model, the graphs, where it came from, how well it agreed."""
     model, source, graphs = plain["model"], plain["source"], plain["graphs"]
@@ -284,6 +288,7 @@ def inspection_report(plain: dict[str, Any], brief: bool = False) -> str:
             "cache a token",
             f"{size(plain['cache_bytes_per_token'])}, {graphs[0]['cache_dtype']}, at {plain['loops']} loops",
         ],
+        ["cache at most", f"{size(plain['cache_bytes'])} a sequence, {_kept(graphs[0])}"],
         ["source", " ".join(str(source[key]) for key in ("name", "step") if source.get(key) is not None)],
         ["made by", plain["producer"]],
         ["tokenizer", plain["tokenizer"] or "none: token ids only"],

@@ -1,10 +1,14 @@
-"""Tensors of safetensors files, one or several with an index, read when asked for."""
+"""Tensors of safetensors files, one or several with an index, read when asked for.
+
+A file is mapped for one tensor and let go with it: what was read of a mapping that stays open counts as this process's memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +36,13 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    file: Any = field(repr=False)
+    path: Path
     name: str
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)  # type: ignore[no-any-return]
+        """Raises CheckpointError for a file that is no longer what it was."""
+        with _opened(self.path) as file:
+            return file.get_tensor(self.name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -125,13 +131,19 @@ def hash_of(path: Path) -> str:
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
-    try:
-        file = safe_open(path, framework="pt")
+    with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         return {
-            name: LazyTensor(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()), file, name)
+            name: LazyTensor(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()), path, name)
             for name, part in slices.items()
         }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a complete safetensors file: {reason}") from error

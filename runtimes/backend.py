@@ -35,8 +35,8 @@ def say_once(message: str) -> None:
 
 
 class StepInput(NamedTuple):
-    """input_ids [B, S], past_len [B], past_kv [slots, B, C, W] in the cache's dtype, logit_positions [B, K], n_loops [B] (unused by
-    a fixed graph), past_scale [slots, B, C] of an int8 cache, else None."""
+    """input_ids [B, S], past_len [B], past_kv [slots, B, C, W] in the cache's dtype (the row of position p at p mod C),
+    logit_positions [B, K], n_loops [B] (unused by a fixed graph), past_scale [slots, B, C] of an int8 cache, else None."""
 
     input_ids: Int64
     past_len: Int64
@@ -102,6 +102,10 @@ class Sequences(Protocol):
         """As step, where only the likeliest token is wanted."""
         ...
 
+    def reserve(self, tokens: int) -> None:
+        """Makes room for sequences of so many tokens. Raises MemoryLimitError where a limit does not allow it."""
+        ...
+
     def keep(self, rows: list[int]) -> None:
         """Goes on with these sequences in this order, each with a cache of its own where one is named more than once."""
         ...
@@ -136,7 +140,7 @@ class Backend(Protocol):
     def start(self, batch: int, slots: int, tokens: int = 0) -> Sequences:
         """New, empty sequences with so many cache slots. tokens: how long they are expected to become, 0 where nobody knows; a
         backend that plans memory refuses early what will not fit. Raises InputError beyond its limits, BackendError where memory is
-        short."""
+        short, MemoryLimitError where a limit does not allow it."""
         ...
 
     def check(self, batch: int, tokens: int) -> None:

@@ -26,7 +26,7 @@ def open_backend(
     never replaced by anything else.
 
     Raises BackendError for an unknown or failing backend, BundleError for a damaged engine, InputError for a request that the
-    engine cannot serve.
+    engine cannot serve, MemoryLimitError for weights beyond a limit.
     """
     if name not in BACKENDS:
         raise BackendError(f'backend is "{name}"; expected one of {", ".join(BACKENDS)}')
@@ -35,7 +35,7 @@ def open_backend(
             raise InputError(
                 f"engine {request.engine} is TensorRT's, backend onnxruntime uses none; leave one of them out"
             )
-        return _on_cpu(folder, manifest, threads, native)
+        return _on_cpu(folder, manifest, threads, native, request.memory_limit)
     kinds = tensorrt_api.BACKENDS if name == "auto" else (name,)
     if name != "auto" or request.engine is not None:
         return _open_engine(kinds, folder, manifest, request)
@@ -44,13 +44,15 @@ def open_backend(
             return _open_engine(kinds, folder, manifest, request)
     except MythosError as error:
         say_once(f"no engine of the bundle is used, onnxruntime runs instead: {error}")
-    return _on_cpu(folder, manifest, threads, native)
+    return _on_cpu(folder, manifest, threads, native, request.memory_limit)
 
 
-def _on_cpu(folder: Path, manifest: Manifest, threads: int | None, native: bool | None) -> Backend:
+def _on_cpu(
+    folder: Path, manifest: Manifest, threads: int | None, native: bool | None, memory_limit: int | None
+) -> Backend:
     from runtimes.onnxruntime_backend import OnnxRuntimeBackend  # a device that runs engines alone needs no onnxruntime
 
-    return OnnxRuntimeBackend(folder, manifest, threads, native)
+    return OnnxRuntimeBackend(folder, manifest, threads, native, memory_limit)
 
 
 def _open_engine(kinds: tuple[str, ...], folder: Path, manifest: Manifest, request: DeviceRequest) -> TensorRTBackend:

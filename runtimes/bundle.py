@@ -15,7 +15,8 @@ import msgspec
 from runtimes.errors import BundleError
 from runtimes.folder_writer import PARTIAL, FileEntry, FolderWriter, sha256_of
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+_READABLE = (4, FORMAT_VERSION)  # 4 knows no window
 MANIFEST = "manifest.json"
 GENERATION_CONFIG = "generation_config.json"  # of the checkpoint, where it had one
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a manifest is a few KB
@@ -36,7 +37,8 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: the ONNX file; weights: its external data. dtype: what it computes in. cache_dtype: of past_kv and new_kv; an int8 cache
     has past_scale and new_scale beside them. weight_dtype: of the matrices in the file. loops: a fixed loop count, or None where
     n_loops is an input. max_loops: deepest n_loops. Cache slots: prelude_slots, then loop_slots a loop, then coda_slots, each row
-    cache_width numbers.
+    cache_width numbers. window: positions that are seen by the layer that sees most, itself included, and rows that each slot needs
+    at most: that of position p stands at p mod capacity; 0 where a layer sees all.
     """
 
     file: str
@@ -53,10 +55,16 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache_width: int
     vocab_size: int
     max_seq_len: int
+    window: int = 0
 
     def slots(self, n_loops: int) -> int:
         """Cache slots of a sequence that runs n_loops loops."""
         return self.prelude_slots + n_loops * self.loop_slots + self.coda_slots
+
+    def weight_bytes(self, files: dict[str, FileEntry]) -> int:
+        """Memory that the weights take as this graph computes with them: 16-bit ones twice their file where they are widened."""
+        widened = self.dtype == "float32" and self.weight_dtype in ("float16", "bfloat16")
+        return (2 if widened else 1) * sum(files[name].size for name in self.weights)
 
 
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,9 +136,9 @@ def _read_manifest(path: Path) -> Manifest:
         if not isinstance(head, dict) or head.get("format") != "mythos-bundle":
             raise BundleError(f'{path}: "format" is not "mythos-bundle"; this is not a bundle of mythos-export')
         version = head.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in _READABLE:
             raise BundleError(
-                f"{path}: format version {version}, this release reads {FORMAT_VERSION}; "
+                f"{path}: format version {version}, this release reads {' and '.join(map(str, _READABLE))}; "
                 "export the checkpoint again, or install the mythos-export that made the bundle"
             )
         return msgspec.json.decode(data, type=Manifest)

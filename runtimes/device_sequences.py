@@ -94,6 +94,9 @@ class DeviceSequences:
             to, source = target + (b * capacity + length[b]) * row, new_rows + b * seq * row
             stream.copy_rows(to, batch * capacity * row, source, slot_stride, count[b] * row, slots)
 
+    def reserve(self, tokens: int) -> None:
+        """Nothing yet: attention reads all rows there are, so they come with the tokens, from memory planned at load."""
+
     def keep(self, rows: list[int]) -> None:
         """Goes on with these sequences; see Sequences."""
         with self._executor.lock:

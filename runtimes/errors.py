@@ -13,5 +13,9 @@ class InputError(MythosError, ValueError):
     """A request that the model or the backend cannot serve: ids out of range, too long a prompt, a wrong loop count."""
 
 
+class MemoryLimitError(MythosError):
+    """A request that does not fit into the memory_limit that was set, or into what memory there is."""
+
+
 class BackendError(MythosError):
     """A backend that is missing, unknown, or that refuses the bundle's graphs."""

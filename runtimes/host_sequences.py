@@ -6,27 +6,33 @@ import numpy as np
 
 from runtimes.backend import Backend, Int64, Likeliest, Logits, NewTokens, StepInput, StopSignal
 from runtimes.cache import Cache
+from runtimes.errors import BackendError
+from runtimes.memory import MemoryBudget
 from runtimes.sampling import log_softmax
 
 
 class HostSequences:
     """Runs steps through Backend.run, the cache given and the new rows appended here. Made by a backend's start()."""
 
-    def __init__(self, backend: Backend, batch: int, slots: int) -> None:
-        self._backend = backend
-        self._cache = Cache(slots, batch, backend.graph.cache_width, backend.graph.cache_dtype)
+    def __init__(self, backend: Backend, batch: int, slots: int, tokens: int, budget: MemoryBudget) -> None:
+        self._backend, graph = backend, backend.graph
+        self._cache: Cache | None = Cache(
+            slots, batch, graph.cache_width, graph.cache_dtype, window=graph.window, tokens=tokens, budget=budget
+        )
+        self._length = self._cache.length
 
     @property
     def length(self) -> Int64:
         """Tokens of each in the cache, [B]."""
-        return self._cache.length
+        return self._length
 
     def step(self, new: NewTokens, stop: StopSignal) -> Logits:
         """Adds tokens; see Sequences."""
-        cache = self._cache
+        cache = self._open_cache()
         step = StepInput(new.ids, cache.length, cache.rows, new.positions, new.n_loops, cache.scales)
         out = self._backend.run(step, stop)
         cache.append(out.new_kv, out.new_scale, new.counts)
+        self._length = cache.length
         return Logits(out.logits, out.exit_loop)
 
     def step_greedy(self, new: NewTokens, stop: StopSignal) -> Likeliest:
@@ -36,9 +42,21 @@ class HostSequences:
         logprobs = np.take_along_axis(log_softmax(logits), tokens[..., None], -1)[..., 0]
         return Likeliest(tokens, logprobs, exit_loop)
 
+    def reserve(self, tokens: int) -> None:
+        """Makes room for sequences of so many tokens; see Sequences."""
+        self._open_cache().reserve(tokens)
+
     def keep(self, rows: list[int]) -> None:
         """Goes on with these sequences; see Sequences."""
-        self._cache.keep(rows)
+        cache = self._open_cache()
+        cache.keep(rows)
+        self._length = cache.length
 
     def close(self) -> None:
-        """The cache goes with the last reference to it."""
+        """Frees the cache; may be called again."""
+        self._cache = None
+
+    def _open_cache(self) -> Cache:
+        if self._cache is None:
+            raise BackendError("the sequences are closed; start new ones")
+        return self._cache

@@ -13,6 +13,7 @@ from runtimes.backend import Cancelled, StepInput, StepOutput, StopSignal, say_o
 from runtimes.bundle import Graph, Manifest
 from runtimes.errors import BackendError, BundleError
 from runtimes.host_sequences import HostSequences
+from runtimes.memory import MemoryBudget
 
 _log = logging.getLogger("mythos_export")
 _FAILURES = tuple(
@@ -24,8 +25,9 @@ class OnnxRuntimeBackend:
     """Runs the bundle's float32 graph on onnxruntime's CPU provider.
 
     threads: None lets onnxruntime take every core. native: use the native operators; None uses them where they are built, and
-    falls back to the portable bodies, saying so once, where onnxruntime refuses the library. Raises BackendError where native is
-    True and they cannot be used.
+    falls back to the portable bodies, saying so once, where onnxruntime refuses the library. memory_limit: most bytes for weights
+    and all caches; None: no limit. Raises BackendError where native is True and they cannot be used, MemoryLimitError for weights
+    beyond the limit.
     """
 
     name = "onnxruntime"
@@ -33,9 +35,15 @@ class OnnxRuntimeBackend:
     memory = None
 
     def __init__(
-        self, folder: Path, manifest: Manifest, threads: int | None = None, native: bool | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        threads: int | None = None,
+        native: bool | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         self.graph = _choose(manifest)
+        self._budget = MemoryBudget(memory_limit, self.graph.weight_bytes(manifest.files))
         wanted = native_operators.is_available() if native is None else native
         if wanted and not native_operators.is_available():
             raise BackendError(f"native operators are asked for, but {native_problem()}")
@@ -47,8 +55,8 @@ class OnnxRuntimeBackend:
         self.max_context = self.graph.max_seq_len
 
     def start(self, batch: int, slots: int, tokens: int = 0) -> HostSequences:
-        """Sequences with a cache in the host's memory, which grows as they do."""
-        return HostSequences(self, batch, slots)
+        """Sequences with a cache in the host's memory, which grows as they do. Raises MemoryLimitError."""
+        return HostSequences(self, batch, slots, tokens, self._budget)
 
     def check(self, batch: int, tokens: int) -> None:
         """Nothing is refused: the graph takes any batch, and the Runner checks the model's positions."""

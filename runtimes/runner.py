@@ -33,6 +33,7 @@ def load(
     engine: str | None = None,
     max_batch: int = 1,
     max_context: int | None = None,
+    memory_limit: int | None = None,
 ) -> Runner:
     """Checks a bundle and makes it ready to run.
 
@@ -40,20 +41,28 @@ def load(
     why; "tensorrt" and "tensorrt-rtx" are errors where they cannot run; "onnxruntime" runs anywhere. threads: onnxruntime's,
     default all cores. native: the operators' native kernels; default where they are built, False for the portable bodies.
 
+    memory_limit: most bytes for weights and all caches together, as they lie in memory; what a step computes comes on top. An
+    engine's is of the device memory that is planned, all included. What would exceed it is refused before it is allocated.
+
     For engines only: engine: key of the one to use (`mythos-export build --list`), default the bundle's own dtype first, then the
     fastest. max_batch, max_context: device memory is planned for so many sequences of so many tokens, default one of the longest
     the engine takes; more may run later if the memory is there.
 
     Raises BundleError for a damaged or foreign bundle or engine, BackendError for an unknown or failing backend or too little
-    device memory, InputError for threads, max_batch or max_context that are below 1 or beyond the engine.
+    device memory, MemoryLimitError for weights beyond memory_limit, InputError for numbers that are below 1 or beyond the engine.
     """
-    numbers = (("threads", threads), ("max_batch", max_batch), ("max_context", max_context))
+    numbers = (
+        ("threads", threads),
+        ("max_batch", max_batch),
+        ("max_context", max_context),
+        ("memory_limit", memory_limit),
+    )
     for name, value in numbers:
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; expected at least 1")
     folder, manifest = open_bundle(bundle)
     tokenizer = _load_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
-    request = DeviceRequest(engine, max_batch, max_context)
+    request = DeviceRequest(engine, max_batch, max_context, memory_limit)
     return Runner(manifest, open_backend(backend, folder, manifest, threads, native, request), tokenizer)
 
 
@@ -139,7 +148,7 @@ class Runner:
         tokens: int = 0,
     ) -> Session:
         """A batch of sequences to feed step by step with one's own sampler. chunk: tokens a prefill step. tokens: how long they are
-        expected to become, if known: too little device memory is told at once."""
+        expected to become, if known: too little memory is told at once."""
         return Session(self._backend, batch, n_loops, chunk, tokens)
 
     def generate(
@@ -162,7 +171,7 @@ class Runner:
         top_k, top_p, min_p, repetition_penalty: see Sampling. seed: of the draws, default a fresh one (in stats.seed). stop:
         texts, special tokens or token ids that end a sequence; a stop text is left out of the output. ignore_eos: go on after a
         token that the bundle was exported with as ending a text.
-        Raises InputError before any work for anything the model cannot serve.
+        Raises InputError before any work for anything the model cannot serve, MemoryLimitError for what exceeds memory_limit.
         """
         batched = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
         prompts: list[Any] = list(prompt) if batched else [prompt]
@@ -195,7 +204,7 @@ class Runner:
         """
         row = self._prompt_ids(ids, "the sequence")
         parts: list[Any] = []
-        for chunk in self.session(1, n_loops).advance_scored([row]):
+        for chunk in self.session(1, n_loops, tokens=len(row)).advance_scored([row]):
             if logits:
                 parts.append(chunk.logits)
                 continue

@@ -33,7 +33,7 @@ class Session:
     n_loops: depth of all rows or of each; a row may run fewer loops later, never more: the deeper loops' cache rows of earlier
     tokens would be missing. chunk: tokens a step at most; fewer where the backend takes fewer. tokens: how long the sequences are
     expected to become, for backends that plan memory; 0 where nobody knows. Raises InputError for a depth the graph cannot run or a
-    batch the backend cannot take.
+    batch the backend cannot take, MemoryLimitError where the cache exceeds the runner's memory_limit, here and as it grows.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class Session:
             raise InputError(f"{len(ids)} rows of ids for a session of {len(self.past_len)} sequences")
         for b, row in enumerate(ids):
             check_ids(row, self._graph, f"sequence {b}", int(self.past_len[b]))
-        self._backend.check(
-            len(ids), max(past + len(row) for past, row in zip(self.past_len.tolist(), ids, strict=True))
-        )
+        longest = max(past + len(row) for past, row in zip(self.past_len.tolist(), ids, strict=True))
+        self._backend.check(len(ids), longest)
+        self._sequences.reserve(longest)
 
 
 def check_n_loops(graph: Graph, n_loops: int | Sequence[int] | None, batch: int) -> Int64:

@@ -22,7 +22,8 @@ from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import STORAGE, convert
 from runtimes.engine_folder import check_source, read_plan
 from runtimes.engines import Engine, Plan, Profile
-from runtimes.errors import BundleError, InputError
+from runtimes.errors import BundleError, InputError, MemoryLimitError
+from runtimes.memory import gigabytes
 from runtimes.tensorrt_api import TensorRT
 from runtimes.tensorrt_stages import StepShape
 from runtimes.tensorrt_step import Executor
@@ -32,11 +33,13 @@ _log = logging.getLogger("mythos_export")
 
 class DeviceRequest(NamedTuple):
     """What is wanted of a GPU. engine: key of the engine to use, None for the best that fits. batch, context: sequences, and
-    tokens of each, that device memory is planned for; None the longest the engine takes."""
+    tokens of each, that device memory is planned for; None the longest the engine takes. memory_limit: most bytes of that, or of
+    the host's for weights and caches where onnxruntime runs; None: no limit."""
 
     engine: str | None = None
     batch: int = 1
     context: int | None = None
+    memory_limit: int | None = None
 
 
 class TensorRTBackend:
@@ -82,6 +85,11 @@ class TensorRTBackend:
         memory = plan_memory(engine, self.graph, request.batch, context, step, workspace, cuda.free_bytes())
         _log.info("%s: %s; %s are free", self.engine, memory, cuda.megabytes(memory.free))
         memory.check()
+        if request.memory_limit is not None and memory.needed > request.memory_limit:
+            raise MemoryLimitError(
+                f"the engine needs {memory}, more than the memory_limit of {gigabytes(request.memory_limit)}; lower the batch or "
+                "--max-context, or raise it"
+            )
         return memory
 
     def check(self, batch: int, tokens: int) -> None:

@@ -36,6 +36,7 @@ class Info(ctypes.Structure):
         ("native", c_int32),
         ("backend", c_char_p),
         ("has_text", c_int32),
+        ("window", c_int64),
     )
 
 

@@ -123,22 +123,46 @@ def everywhere(
     }
 
 
+def ring(operator: Operator, tensors: Sequence[torch.Tensor], capacity: int) -> list[torch.Tensor]:
+    """The same with a cache of that capacity, which holds the last rows of each sequence: that of position p at p mod capacity."""
+    names = [name for name, _, _ in operator.inputs]
+    result, lengths = list(tensors), tensors[names.index("past_len")].tolist()
+    for at in (index for index, name in enumerate(names) if name in ("past_kv", "past_scale")):
+        past = tensors[at]
+        result[at] = past.new_zeros(*past.shape[:2], capacity, *past.shape[3:])
+        if past.is_floating_point():
+            result[at].fill_(float("nan"))
+        for b, length in enumerate(lengths):
+            for position in range(max(0, length - capacity), length):
+                result[at][:, b, position % capacity] = past[:, b, position]
+    return result
+
+
 def check(
-    operator: Operator, tensors: Sequence[torch.Tensor], attributes: Attributes, atol: float = 2e-5, rtol: float = 1e-4
+    operator: Operator,
+    tensors: Sequence[torch.Tensor],
+    attributes: Attributes,
+    atol: float = 2e-5,
+    rtol: float = 1e-4,
+    like: Sequence[torch.Tensor] | None = None,
 ) -> None:
-    """All ways agree with float64."""
-    truth = in_torch(operator, tensors, attributes, double=True)
+    """All ways agree with float64, of the same tensors or of those in `like`."""
+    truth = in_torch(operator, like or tensors, attributes, double=True)
     for name, outputs in everywhere(operator, tensors, attributes).items():
         for output, expected in zip(outputs, truth, strict=True):
             np.testing.assert_allclose(output, expected, rtol=rtol, atol=atol, err_msg=f"{operator.name}, {name}")
 
 
 def check_rounded(
-    operator: Operator, tensors: Sequence[torch.Tensor], attributes: Attributes, most: float = 0.05
+    operator: Operator,
+    tensors: Sequence[torch.Tensor],
+    attributes: Attributes,
+    most: float = 0.05,
+    like: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """For operators that round what they compute to few levels: the last bit of a float can move a number by a level, so a few
     results may be off by `most` of the largest one, and on average they are not."""
-    truth = in_torch(operator, tensors, attributes, double=True)
+    truth = in_torch(operator, like or tensors, attributes, double=True)
     for name, outputs in everywhere(operator, tensors, attributes).items():
         for output, expected in zip(outputs, truth, strict=True):
             error = np.abs(output - expected) / (np.abs(expected).max() + 1e-6)

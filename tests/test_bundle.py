@@ -142,8 +142,11 @@ def test_a_file_in_a_folder_of_the_bundle_is_accepted(bundle):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format_version": 5}, "format version 5, this release reads 4; export the checkpoint again, or install"),
-        ({"format_version": None}, "format version None, this release reads 4"),
+        (
+            {"format_version": 6},
+            "format version 6, this release reads 4 and 5; export the checkpoint again, or install",
+        ),
+        ({"format_version": None}, "format version None, this release reads 4 and 5"),
         ({"format": "something"}, r'"format" is not "mythos-bundle"; this is not a bundle of mythos-export'),
         ({"colour": "red"}, "damaged manifest: .*unknown field `colour`.*; export the checkpoint again"),
         ({"graphs": []}, "names no graph"),

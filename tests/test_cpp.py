@@ -54,7 +54,7 @@ def test_tokens_are_pythons(both: tuple[CRunner, Runner]) -> None:
 
 PLAIN = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_experts_per_tok": 2, "max_position_embeddings": 128,
+    "num_experts_per_tok": 2, "max_position_embeddings": 4096,
 }  # fmt: skip
 MIXTRAL = {
     **PLAIN, "architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": 8,
@@ -66,19 +66,39 @@ DEEPSEEK = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, DEEPSEEK], ids=["mixtral", "deepseek"])
-def test_a_model_without_a_loop_is_as_in_python(library: Library, tmp_path: Path, config: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("config", "cache_dtype", "window"), [(MIXTRAL, "float32", 8), (MIXTRAL, "int8", 8), (DEEPSEEK, "float32", 0)]
+)
+def test_a_model_without_a_loop_is_as_in_python(
+    library: Library, tmp_path: Path, config: dict[str, object], cache_dtype: str, window: int
+) -> None:
+    """With a window of 8, and so a cache of 8 rows: chunks shorter and longer than it, ragged, some stopped on their way."""
     from mythos_export.export import export_bundle
 
     (tmp_path / "config.json").write_text(json.dumps(config))
-    export_bundle(f"random:{tmp_path / 'config.json'}", tmp_path / "bundle")
-    in_c, in_python = library.open(tmp_path / "bundle", threads=1), load(tmp_path / "bundle", threads=1)
-    assert (in_c.info.loops, in_c.info.max_loops) == (0, 0)
+    export_bundle(f"random:{tmp_path / 'config.json'}", tmp_path / "bundle", cache_dtype=cache_dtype)
+    in_c, in_python = (opened(tmp_path / "bundle", threads=1, native=0) for opened in (library.open, load))
+    assert (in_c.info.loops, in_c.info.max_loops, in_c.info.window) == (0, 0, window)
     prompts = [[5, 6, 7], [1]]
     _, ids, _, _ = in_c.generate(prompts, max_new_tokens=40, ignore_eos=1)
     assert ids == in_python.generate(prompts, 40, ignore_eos=True).complete().ids
     with pytest.raises(CError, match="n_loops is 2, but the model has no loop; leave it out"):
         in_c.session(1, [2])
+    ids = np.random.default_rng(0).integers(0, 97, 3000).tolist()
+    slow = library.open(tmp_path / "bundle", threads=1, native=0, prefill_chunk=1).session(3)
+    sessions = in_c.session(3), in_python.session(3, chunk=5), slow
+    for rows in ([ids[:3], ids[:50], ids[:8]], [ids[3:4], ids[50:57], ids[8:30]]):
+        got, want, _ = (session.advance(rows)[0] for session in sessions)
+        np.testing.assert_allclose(got, want, atol=2e-3 if cache_dtype == "int8" else 1e-5)
+    stopper = threading.Timer(0.02, slow.cancel)
+    stopper.start()
+    with pytest.raises(CError, match="cancelled"):
+        slow.advance([ids, ids, ids])
+    slow.resume()
+    for session in sessions:
+        session.keep([0, 2])
+    got, _, again = (session.advance([[7], [9]])[0] for session in sessions)
+    np.testing.assert_allclose(again, got, atol=2e-3 if cache_dtype == "int8" else 1e-5)
 
 
 def test_sequences_end_as_in_python(both: tuple[CRunner, Runner]) -> None:
@@ -98,7 +118,7 @@ def test_scores_and_sessions_are_pythons(both: tuple[CRunner, Runner]) -> None:
     ids = np.random.default_rng(0).integers(0, in_python.graph.vocab_size, 300).tolist()
     np.testing.assert_allclose(in_c.score(ids), in_python.score(ids), atol=1e-6)
     sessions = in_c.session(3), in_python.session(3)
-    rows = [ids[:290], ids[:3], ids[5:40]]
+    rows = [ids[:200], ids[:3], ids[5:40]]
     for step in range(4):
         (got, got_exit), (want, want_exit) = (session.advance(rows) for session in sessions)
         np.testing.assert_array_equal(got, want)
@@ -106,7 +126,7 @@ def test_scores_and_sessions_are_pythons(both: tuple[CRunner, Runner]) -> None:
         if step == 1:
             for session in sessions:
                 session.keep([0, 2])
-        rows = [[step + 1], [step + 2], [step + 3]][: len(sessions[1].past_len)]
+        rows = [ids[step : 90 - step], [step + 2], [step + 3]][: len(sessions[1].past_len)]  # the cache grows
     assert sessions[0].past_len == sessions[1].past_len.tolist()
 
 

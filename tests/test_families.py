@@ -19,6 +19,7 @@ from mythos_export.cli.app import app
 from mythos_export.config import ConfigError
 from mythos_export.export import export_bundle
 from mythos_export.families import FAMILIES
+from mythos_export.inspection import inspect_bundle
 from mythos_export.overloads import MANY_TOKENS
 from mythos_export.planning import plan
 from mythos_export.quantize import quantize_bundle
@@ -330,6 +331,41 @@ def test_damaged_shards_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r"expected step_\*.pt files, or config.json with one .safetensors file"):
         load_checkpoint(tmp_path)
+
+
+def test_no_shard_stays_mapped(folder: Path, tmp_path: Path) -> None:
+    """What was read of one counts as this process's memory for as long as it is: of large ones, all of it."""
+    checkpoint = load_checkpoint(folder)
+    for pack in checkpoint.tensors(1).values():
+        for piece in pack():
+            assert piece.numel()
+    export_bundle(checkpoint, tmp_path / "bundle")
+    quantize_bundle(tmp_path / "bundle", tmp_path / "quantized", "int8")
+    del piece
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(folder) not in mapped
+    assert str(tmp_path / "bundle" / "weights.bin") not in mapped
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        checkpoint.get("model.norm.weight")
+
+
+def test_a_bundle_of_before_windows_keeps_every_row(tmp_path: Path) -> None:
+    """Format 4 has a graph that reads no ring."""
+    save("Mistral", tmp_path / "checkpoint", sliding_window=8)
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+    ids = np.random.default_rng(0).integers(0, 97, 190).tolist()
+    expected = load(tmp_path / "bundle").score(ids)
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    del manifest["graphs"][0]["window"]
+    edit(tmp_path / "bundle" / "manifest.json", format_version=4, graphs=manifest["graphs"])
+    with load(tmp_path / "bundle") as runner:
+        assert runner.graph.window == 0
+        np.testing.assert_allclose(runner.score(ids), expected, rtol=0, atol=1e-5)
+        session = runner.session()
+        session.advance([ids])
+        assert session._sequences._open_cache().rows.shape[2] == 256
+    assert inspect_bundle(tmp_path / "bundle")["cache_bytes"] == 192 * 2 * 2 * 2 * 12 * 4
 
 
 def test_families_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import OPERATORS, in_native, in_torch
+from harness import OPERATORS, in_native, in_torch, ring
 from onnx import TensorProto
 
 from calibration.rounding import Format, pack_int4, round_to_nearest
@@ -42,9 +42,15 @@ def quantized(weight: torch.Tensor, bits: int, block_size: int) -> list[torch.Te
     return [pack_int4(values) if bits == 4 else values, scales]
 
 
-def check_native(name: str, tensors: list[torch.Tensor], attributes: dict[str, float], atol: float = 5e-5) -> None:
-    """Every instruction set agrees with float64."""
-    truth = in_torch(OPERATORS[name], tensors, attributes, double=True)
+def check_native(
+    name: str,
+    tensors: list[torch.Tensor],
+    attributes: dict[str, float],
+    atol: float = 5e-5,
+    like: list[torch.Tensor] | None = None,
+) -> None:
+    """Every instruction set agrees with float64, of the same tensors or of those in `like`."""
+    truth = in_torch(OPERATORS[name], like or tensors, attributes, double=True)
     for instruction_set, outputs in in_native(OPERATORS[name], tensors, attributes).items():
         for output, expected in zip(outputs, truth, strict=True):
             np.testing.assert_allclose(output, expected, rtol=1e-4, atol=atol, err_msg=f"{name}, {instruction_set}")
@@ -91,7 +97,7 @@ def test_integer_products_of_many_sizes(bits: int, block_size: int) -> None:
 @pytest.mark.parametrize(("lengths", "seq"), [([700, 3], 1), ([0], 200), ([130, 0, 64], 67), ([1500], 1)])
 @pytest.mark.parametrize("window", [0, 100])
 def test_attention_over_many_rows(lengths: list[int], seq: int, window: int) -> None:
-    """Several blocks and splits of rows and tiles of tokens, ragged, NaN in every dead row."""
+    """Several blocks and splits of rows and tiles of tokens, ragged, NaN in every dead row; rings of little more than a window."""
     batch, heads, nope, half, value, rank = len(lengths), 5, 12, 4, 10, 20
 
     def rows_of(width: int) -> list[torch.Tensor]:
@@ -107,8 +113,11 @@ def test_attention_over_many_rows(lengths: list[int], seq: int, window: int) -> 
     kv_heads, group = 2, 3
     tensors = [randn(batch, seq, (kv_heads * group + 2 * kv_heads) * 2 * half), cos, sin]
     tensors += rows_of(4 * kv_heads * half)
+    name = "GroupedQueryAttention"
     attributes = {"n_heads": kv_heads * group, "n_kv_heads": kv_heads, "window": window, "scale": 0.2}
-    check_native("GroupedQueryAttention", tensors, attributes)
+    check_native(name, tensors, attributes)
+    for capacity in (99, 100, 640) if window else ():
+        check_native(name, ring(OPERATORS[name], tensors, capacity), attributes, like=tensors)
 
 
 def latent_inputs(past: list[torch.Tensor], seq: int, heads: int, rank: int, half: int) -> list[torch.Tensor]:

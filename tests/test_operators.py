@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from harness import OPERATORS, check, check_rounded, everywhere, feeds_of, in_torch, one_node_model, session_of
+from harness import OPERATORS, check, check_rounded, everywhere, feeds_of, in_torch, one_node_model, ring, session_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import parser
@@ -289,7 +289,7 @@ def test_quantized_latent_attention(lengths: list[int], seq: int, nope: int, ran
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
     half=st.integers(1, 3),
-    extra=SMALL,
+    extra=st.integers(-4, 5),
     window=st.sampled_from([0, 1, 2, 4, 100]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]),
     row_scale=ROW_SCALES,
@@ -305,18 +305,21 @@ def test_grouped_query_attention(
     dtype: torch.dtype,
     row_scale: float,
 ) -> None:
+    """A cache with room for all, or, with a window, for fewer."""
     batch, heads = len(lengths), kv_heads * group
     tensors = [
         randn(batch, seq, (heads + 2 * kv_heads) * 2 * half),
         randn(batch, seq, half),
         randn(batch, seq, half),
-        *cache(2, lengths, max(lengths) + extra, 4 * kv_heads * half, dtype),
+        *cache(2, lengths, max(lengths) + max(extra, 1), 4 * kv_heads * half, dtype),
     ]
     attributes = {"n_heads": heads, "n_kv_heads": kv_heads, "window": window, "scale": 0.25}
     name = "GroupedQueryAttention"
     if dtype == torch.int8:
         attributes, name = {**attributes, "row_scale": row_scale}, f"{name}Int8Cache"
-    (check if dtype == torch.float32 else check_rounded)(OPERATORS[name], tensors, attributes)
+    capacity = max(1, max(lengths) + extra, window - 1 if window else max(lengths))
+    given = ring(OPERATORS[name], tensors, capacity)
+    (check if dtype == torch.float32 else check_rounded)(OPERATORS[name], given, attributes, like=tensors)
 
 
 @FEW

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,12 @@ Native = Annotated[
     bool | None,
     typer.Option("--native/--no-native", help="The operators' native kernels; default where they are built."),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory", metavar="8GB", help="Refuse what would take more for weights and caches; MB, GB, MiB or GiB."
+    ),
+]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", help="CPU threads; default all cores.")]
 
 
@@ -43,6 +50,19 @@ def emit(as_json: bool, plain: Any, text: str = "") -> None:
         print(json.dumps(plain, ensure_ascii=False))
     elif text:
         print(text)
+
+
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def memory_size(text: str | None) -> int | None:
+    """8GB or 512MiB as bytes; None where nothing was given."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise InputError(f'--max-memory is "{text}"; expected a size such as 8GB, 512MiB, or a number of bytes')
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def numbers(text: str | None, option: str) -> list[int] | None:

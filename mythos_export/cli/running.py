@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from mythos_export.cli.app import Bundle, Json, LoopList, Native, Quiet, Threads, app, emit, numbers
+from mythos_export.cli.app import (
+    Bundle,
+    Json,
+    LoopList,
+    MaxMemory,
+    Native,
+    Quiet,
+    Threads,
+    app,
+    emit,
+    memory_size,
+    numbers,
+)
 from runtimes.errors import InputError
 
 
@@ -63,6 +75,7 @@ def generate(
     max_context: Annotated[
         int | None, typer.Option(help="Tokens that device memory is planned for; default the longest the engine takes.")
     ] = None,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
     native: Native = None,
     as_json: Json = False,
@@ -73,7 +86,15 @@ def generate(
 
     if (prompt is None) == (ids is None):
         raise InputError("expected either --prompt TEXT or --ids 1,2,3")
-    runner = load(bundle, backend.value, threads, native, engine=engine, max_context=max_context)
+    runner = load(
+        bundle,
+        backend.value,
+        threads,
+        native,
+        engine=engine,
+        max_context=max_context,
+        memory_limit=memory_size(max_memory),
+    )
     generation = runner.generate(
         prompt if prompt is not None else numbers(ids, "--ids") or [],
         max_new_tokens=max_new_tokens,
@@ -125,6 +146,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Score so many tokens at most.")] = None,
     backend: BackendName = Backend.auto,
     engine: EngineKey = None,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
     native: Native = None,
     as_json: Json = False,
@@ -135,9 +157,9 @@ def evaluate(
     from mythos_export.report import eval_report, progress_bar
     from runtimes.runner import load
 
-    depths = numbers(loops, "--loops")
+    depths, limit = numbers(loops, "--loops"), memory_size(max_memory)
     with progress_bar(quiet or as_json) as tell:
-        runner = load(bundle, backend.value, threads, native, engine=engine)
+        runner = load(bundle, backend.value, threads, native, engine=engine, memory_limit=limit)
         if against is None:
             alone = evaluation.evaluate(runner, text, depths, max_tokens, tell)
             results = {str(n): quality.to_dict() for n, quality in alone.items()}
@@ -161,6 +183,7 @@ def bench(
     loops: Annotated[int | None, typer.Option(help="Loop count; default the trained one.")] = None,
     backend: BackendName = Backend.auto,
     engine: EngineKey = None,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
     native: Native = None,
     reference: Annotated[
@@ -186,7 +209,7 @@ def bench(
     from mythos_export.report import attention_report, bench_report, progress_bar
 
     as_json = as_json or form is Form.json
-    contexts = numbers(attention, "--attention")
+    contexts, limit = numbers(attention, "--attention"), memory_size(max_memory)
     if contexts is not None:
         from mythos_export.bench_attention import bench_attention
 
@@ -195,6 +218,8 @@ def bench(
         emit(as_json, alone.to_dict(), "" if as_json else attention_report(alone.to_dict()))
         return
     with progress_bar(quiet or as_json) as tell:
-        workload = Workload(prompt, new, context, repetitions, batch, loops, threads, native, backend.value, engine)
+        workload = Workload(
+            prompt, new, context, repetitions, batch, loops, threads, native, backend.value, engine, limit
+        )
         report = run(bundle, workload, reference, tell)
     emit(as_json, report.to_dict(), "" if as_json else bench_report(report, form.value))

@@ -1,6 +1,9 @@
 """What both attention operators share: RoPE, which rows are live, who may see whom. In torch, then as ONNX statements.
 
-Shape letters: B batch, S new tokens, H heads, P = max(past_len), L = P + S, C capacity and W width of the cache,
+The cache is a ring: the row of position p stands at p mod C. A sequence longer than C has lost its oldest rows, which only windows
+allow, of at most C + 1 positions.
+
+Shape letters: B batch, S new tokens, H heads, C capacity and W width of the cache, P = min(max(past_len), C), L = P + S,
 n any number of heads, h half their size.
 """
 
@@ -79,20 +82,21 @@ def live_past(cache: Cache, rows: Tensor, window: int = 0) -> tuple[Tensor, Tens
 
     rows [B, S, W]: the new ones. window: positions a token sees, itself included; 0 for all.
     """
-    past_len, slot = cache.past_len, int(cache.slot)
-    longest, seq = int(past_len.max()), rows.shape[1]
-    column = torch.arange(longest + seq, device=rows.device)
-    row = torch.arange(longest, longest + seq, device=rows.device)
-    filled = (column < past_len[:, None]) | (column >= longest)
-    past = wide(cache.past_kv[slot, :, :longest])
+    past_len, slot, (seq, capacity) = cache.past_len[:, None], int(cache.slot), (rows.shape[1], cache.past_kv.shape[2])
+    count = min(int(past_len.max()), capacity)
+    behind = past_len - 1 - torch.arange(count, device=rows.device)
+    past_position = past_len - 1 - behind.remainder(max(capacity, 1))  # [B, P]: below 0 where a row holds nothing
+    new_position = past_len + torch.arange(seq, device=rows.device)  # [B, S]
+    live = (past_position >= 0).unsqueeze(2)
+    past = wide(cache.past_kv[slot, :, :count])
     if cache.past_scale is not None:
-        past = past * cache.past_scale[slot, :, :longest, None]
+        past = past * cache.past_scale[slot, :, :count, None]
     past = past.to(rows.dtype)
-    past = torch.where(filled[:, :longest, None], past, torch.zeros((), dtype=past.dtype, device=past.device))
-    allowed = (column <= row[:, None]) & filled[:, None, :]
+    past = torch.where(live, past, torch.zeros((), dtype=past.dtype, device=past.device))
+    seen, row = torch.cat([past_position, new_position], 1).unsqueeze(1), new_position.unsqueeze(2)
+    allowed = (seen >= 0) & (seen <= row)
     if window:
-        position = torch.where(column < longest, column, column - longest + past_len[:, None])  # [B, L]
-        allowed = allowed & (position[:, None, :] > (row - longest)[:, None] + past_len[:, None, None] - window)
+        allowed = allowed & (seen > row - window)
     return torch.cat([past, rows], 1), allowed.unsqueeze(2)
 
 
@@ -126,8 +130,8 @@ def rotate_text(x: str, y: str) -> str:
 
 # allowed [B, S, 1, L]: row s sees its sequence's past_len rows and the new rows up to itself, of those the last `window`.
 # past [B, P, W] in the dtype of `fresh`: rows of the cache, as many as the longest sequence has; a dead one is replaced, never
-# added to, so its NaN is gone.
-# Needs `seq` [1] = S, `fresh` [B, S, W] and `window_int` [].
+# added to, so its NaN is gone. total_1 [1] = L.
+# Needs `seq` [1] = S, `fresh` [B, S, W] and, with a window, the attribute of that name.
 _PAST = """
   axis_0 = Constant <value_ints = [0]> ()
   axis_1 = Constant <value_ints = [1]> ()
@@ -135,6 +139,22 @@ _PAST = """
   axis_last = Constant <value_ints = [-1]> ()
   int_0 = Constant <value_int = 0> ()
   int_1 = Constant <value_int = 1> ()
+  {POSITIONS}
+  slot_1 = Reshape(slot, axis_1)
+  slot_next = Add(slot_1, axis_1)
+  slot_axes = Constant <value_ints = [0, 2]> ()
+  slot_starts = Concat <axis = 0> (slot_1, axis_0)
+  slot_ends = Concat <axis = 0> (slot_next, past_max_1)
+  past_of_slot = Slice(past_kv, slot_starts, slot_ends, slot_axes)
+  past_stored = Squeeze(past_of_slot, axis_0)
+  {VALUES}
+  empty = Constant <value_float = 0.0> ()
+  empty_t = CastLike(empty, fresh)
+  past = Where(live, past_rows, empty_t)
+"""
+
+# Which rows are live and who may see whom, where the cache holds every position: column and row stand at their own place.
+_ALL_POSITIONS = """
   past_max = ReduceMax <keepdims = 0> (past_len)
   past_max_1 = Unsqueeze(past_max, axis_0)
   seq_scalar = Squeeze(seq, axis_0)
@@ -150,39 +170,42 @@ _PAST = """
   filled = Or(in_past, is_new)
   filled_rows = Unsqueeze(filled, axis_1)
   allowed_3 = And(causal, filled_rows)
-  {WINDOW}
-  allowed = Unsqueeze(allowed_w, axis_2)
+  allowed = Unsqueeze(allowed_3, axis_2)
   past_live = Slice(filled, axis_0, past_max_1, axis_1)
   live = Unsqueeze(past_live, axis_last)
-  slot_1 = Reshape(slot, axis_1)
-  slot_next = Add(slot_1, axis_1)
-  slot_axes = Constant <value_ints = [0, 2]> ()
-  slot_starts = Concat <axis = 0> (slot_1, axis_0)
-  slot_ends = Concat <axis = 0> (slot_next, past_max_1)
-  past_of_slot = Slice(past_kv, slot_starts, slot_ends, slot_axes)
-  past_stored = Squeeze(past_of_slot, axis_0)
-  {VALUES}
-  empty = Constant <value_float = 0.0> ()
-  empty_t = CastLike(empty, fresh)
-  past = Where(live, past_rows, empty_t)
 """
 
-# A sliding window: new columns stand at their sequence's past_len and after it.
-_WINDOW = """
+# The same where it may hold the last ones only. past_position is below 0 where a row holds nothing; Mod is never negative.
+_LAST_POSITIONS = """
+  capacity = Shape <start = 2, end = 3> (past_kv)
+  longest = ReduceMax <keepdims = 0> (past_len)
+  past_max_1 = Min(longest, capacity)
+  past_max = Squeeze(past_max_1, axis_0)
+  seq_scalar = Squeeze(seq, axis_0)
+  total_1 = Add(past_max_1, seq)
+  past_column = Range(int_0, past_max, int_1)
+  new_column = Range(int_0, seq_scalar, int_1)
+  past_len_1 = Unsqueeze(past_len, axis_1)
+  last = Sub(past_len_1, int_1)
+  behind = Sub(last, past_column)
+  behind_in_ring = Mod(behind, capacity)
+  past_position = Sub(last, behind_in_ring)
+  new_position = Add(past_len_1, new_column)
+  position = Concat <axis = 1> (past_position, new_position)
+  seen = Unsqueeze(position, axis_1)
+  row = Unsqueeze(new_position, axis_2)
+  causal = LessOrEqual(seen, row)
+  filled = GreaterOrEqual(seen, int_0)
+  allowed_3 = And(causal, filled)
   window_int = Constant <value_int: int = @window> ()
-  has_window = Greater(window_int, int_0)
-  gap = Sub(past_max, past_len_1)
-  no_gap = Sub(gap, gap)
-  column_gap = Where(is_new, gap, no_gap)
-  column_position = Sub(column, column_gap)
-  row_gap = Unsqueeze(gap, axis_1)
-  row_position = Sub(row_1, row_gap)
-  first_seen = Sub(row_position, window_int)
-  position_rows = Unsqueeze(column_position, axis_1)
-  in_window = Greater(position_rows, first_seen)
-  no_window = Not(has_window)
+  no_window = LessOrEqual(window_int, int_0)
+  first_seen = Sub(row, window_int)
+  in_window = Greater(seen, first_seen)
   in_reach = Or(in_window, no_window)
   allowed_w = And(allowed_3, in_reach)
+  allowed = Unsqueeze(allowed_w, axis_2)
+  past_live = GreaterOrEqual(past_position, int_0)
+  live = Unsqueeze(past_live, axis_last)
 """
 
 _INT8_VALUES = """
@@ -197,7 +220,7 @@ _INT8_VALUES = """
 
 def past_text(*, int8: bool, window: bool) -> str:
     """Statements that give `allowed` and `past`; see above. int8: past_kv holds int8 rows, with past_scale."""
-    text = _PAST.replace("{WINDOW}", _WINDOW if window else "allowed_w = Identity(allowed_3)")
+    text = _PAST.replace("{POSITIONS}", _LAST_POSITIONS if window else _ALL_POSITIONS)
     return text.replace("{VALUES}", _INT8_VALUES if int8 else "past_rows = CastLike(past_stored, fresh)")
 
 

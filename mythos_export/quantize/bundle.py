@@ -26,7 +26,7 @@ from mythos_export.quantize.compute import CACHE_LIMIT, Quantizer
 from mythos_export.quantize.graph import Rewriter, scales_name, values_name
 from mythos_export.quantize.plan import Plan, make_plan, matrix_table
 from mythos_export.quantize.recipe import Recipe, load_recipe
-from mythos_export.quantize.weights import mapped, stored_tensors
+from mythos_export.quantize.weights import MappedWeights, stored_tensors
 from mythos_export.trace import trace
 from runtimes.bundle import BundleWriter, Manifest, open_bundle
 from runtimes.errors import InputError
@@ -60,7 +60,7 @@ class QuantizableBundle:
         self.config = ModelConfig.from_dict(self.manifest.model)
         self.model = ir.load(self.folder / self.graph.file)
         self.stored = stored_tensors(self.model)
-        self.weights = {name: mapped(tensor) for name, tensor in self.stored.items()}
+        self.weights = MappedWeights(self.stored)
 
     @property
     def n_loops(self) -> int:

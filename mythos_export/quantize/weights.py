@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from mythos_export.config import ModelConfig
 from mythos_export.model import Decoder
-from runtimes.bundle import Graph
 
 
 def stored_tensors(model: ir.Model) -> dict[str, ir.ExternalTensor]:
@@ -24,15 +22,23 @@ def stored_tensors(model: ir.Model) -> dict[str, ir.ExternalTensor]:
     }
 
 
-def mapped(source: ir.ExternalTensor) -> Tensor:
-    """The tensor as it lies in the file (mapped copy-on-write: torch wants memory it could write to)."""
-    dtype, shape = source.dtype.numpy(), tuple(int(dim) for dim in source.shape)
-    return torch.from_numpy(np.memmap(source.path, dtype, "c", source.offset or 0, shape))
+class MappedWeights(Mapping[str, Tensor]):
+    """Tensors by name, each mapped when asked for and let go with the last reference to it, so that what is read of one does not
+    stay in memory with the next (copy-on-write: torch wants memory it could write to)."""
 
+    def __init__(self, stored: Mapping[str, ir.ExternalTensor]) -> None:
+        self._stored = stored
 
-def bundle_weights(folder: Path, graph: Graph) -> dict[str, Tensor]:
-    """Every tensor of a bundle's graph, mapped."""
-    return {name: mapped(source) for name, source in stored_tensors(ir.load(folder / graph.file)).items()}
+    def __getitem__(self, name: str) -> Tensor:
+        source = self._stored[name]
+        dtype, shape = source.dtype.numpy(), tuple(int(dim) for dim in source.shape)
+        return torch.from_numpy(np.memmap(source.path, dtype, "c", source.offset or 0, shape))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

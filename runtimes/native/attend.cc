@@ -248,15 +248,24 @@ void Attend(const Queries& q, const Rows& rows, const Kernels& k) {
   AttendWith(q, rows, FloatProducts(q, rows, k), k);
 }
 
+void Attend(const Queries& q, const Past& past, const Kernels& k) {
+  Attend(q, past.rows, k);
+  if (past.wrapped.count == 0) return;
+  std::vector<size_t> from(q.from, q.from + q.m), to(q.to, q.to + q.m);
+  for (size_t* ends : {from.data(), to.data()})
+    for (size_t i = 0; i < q.m; ++i) ends[i] -= std::min(ends[i], past.rows.count);
+  Attend({q.values, q.groups, q.m, q.key_dim, q.value_dim, from.data(), to.data(), q.acc, q.state}, past.wrapped, k);
+}
+
 Cut::Cut(size_t seq, size_t n_heads)
     : tokens(seq == 1 ? 1 : std::min(seq, kTokenTile)),
       heads(seq == 1 ? std::min(n_heads, kHeadTile) : 1),
       token_tiles(CeilDiv(seq, tokens)),
       head_tiles(CeilDiv(n_heads, heads)) {}
 
-Splits::Splits(size_t seq, size_t batch, const int64_t* past_len) : rows(0), most(0) {
+Splits::Splits(size_t seq, size_t batch, size_t capacity, const int64_t* past_len) : rows(0), most(0) {
   constexpr size_t kLong = 256, kFewest = 128, kMost = 1024, kAimedAt = 8;
-  const size_t longest = static_cast<size_t>(*std::max_element(past_len, past_len + batch));
+  const size_t longest = std::min(capacity, static_cast<size_t>(*std::max_element(past_len, past_len + batch)));
   if (seq != 1 || longest <= kLong) return;
   rows = std::clamp(CeilDiv(longest / kAimedAt, kRowBlock) * kRowBlock, kFewest, kMost);
   most = CeilDiv(longest, rows);
@@ -276,7 +285,7 @@ void Join(SoftmaxRow* into, float* acc, const SoftmaxRow& from, const float* fro
 
 }  // namespace
 
-void AttendSplits(const Splits& splits, const DecodeShape& shape, const float* queries, const std::function<Rows(size_t)>& rows_of,
+void AttendSplits(const Splits& splits, const DecodeShape& shape, const float* queries, const std::function<Past(size_t)>& rows_of,
                   const std::function<size_t(size_t)>& first_of, SoftmaxRow* states, float* acc, const Kernels& k,
                   const Parallel& parallel) {
   const size_t heads = shape.heads(), tasks = shape.batch * splits.most, value_dim = shape.value_dim;
@@ -287,8 +296,8 @@ void AttendSplits(const Splits& splits, const DecodeShape& shape, const float* q
     float* to = partial.get() + task * heads * value_dim;
     SoftmaxRow* state = partial_states.data() + task * heads;
     Start(state, to, heads, value_dim);
-    const Rows rows = rows_of(b);
-    const size_t visible = first_of(b), n = first >= rows.count ? 0 : std::min(splits.rows, rows.count - first);
+    const Past rows = rows_of(b);
+    const size_t visible = first_of(b), n = first >= rows.count() ? 0 : std::min(splits.rows, rows.count() - first);
     if (n == 0 || visible >= first + n) return;
     const std::vector<size_t> from(shape.m, visible <= first ? 0 : visible - first), end(shape.m, n);
     const float* of_sequence = queries + b * heads * shape.key_dim;

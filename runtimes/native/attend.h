@@ -1,5 +1,6 @@
 // Online softmax over cached rows (arXiv 1805.02867, 2205.14135), for whatever keys and values the rows hold.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -30,14 +31,28 @@ struct Rows {
   }
 };
 
-// One layer's slot of the cache: [B, C, W], its scales [B, C].
+// Cached rows of one sequence in the order of their positions: those up to the ring's end, then those at its beginning.
+struct Past {
+  Rows rows, wrapped;
+  Past(const Rows& rows) : rows(rows), wrapped(rows.From(0, 0)) {}
+  Past(const Rows& rows, const Rows& wrapped) : rows(rows), wrapped(wrapped) {}
+  size_t count() const { return rows.count + wrapped.count; }
+  Past From(size_t first, size_t n) const {
+    const size_t skipped = std::min(first, rows.count), here = std::min(n, rows.count - skipped);
+    return {rows.From(skipped, here), wrapped.From(first - skipped, n - here)};
+  }
+};
+
+// One layer's slot of the cache: [B, C, W], its scales [B, C]. The row of position p stands at p mod C.
 struct Cache {
   CacheType type;
   const void* data;
   const float* scales;  // int8 only
-  // The first `count` rows of sequence b.
-  Rows Sequence(size_t b, size_t capacity, size_t width, size_t count, size_t keys_at, size_t values_at, size_t step) const {
-    return Rows{type, data, scales, width, keys_at, values_at, step, 0}.From(b * capacity, count);
+  // The rows that there are of sequence b's past_len.
+  Past Sequence(size_t b, size_t capacity, size_t width, size_t past_len, size_t keys_at, size_t values_at, size_t step) const {
+    const Rows all = Rows{type, data, scales, width, keys_at, values_at, step, 0}.From(b * capacity, std::min(past_len, capacity));
+    const size_t start = past_len <= capacity || capacity == 0 ? 0 : past_len % capacity;
+    return {all.From(start, all.count - start), all.From(0, start)};
   }
 };
 
@@ -67,6 +82,7 @@ void Start(SoftmaxRow* state, float* acc, size_t m, size_t value_dim);
 
 // Lets the queries see rows.
 void Attend(const Queries& q, const Rows& rows, const Kernels& k);
+void Attend(const Queries& q, const Past& past, const Kernels& k);
 
 // How the work of one operator call is cut: prefill by tokens of one head, decode by heads of one token.
 struct Cut {
@@ -78,7 +94,7 @@ struct Cut {
 struct Splits {
   size_t rows, most;
   // Only where each sequence has one new token and a cache of some length: any() tells.
-  Splits(size_t seq, size_t batch, const int64_t* past_len);
+  Splits(size_t seq, size_t batch, size_t capacity, const int64_t* past_len);
   bool any() const { return most > 0; }
 };
 
@@ -90,7 +106,7 @@ struct DecodeShape {
 
 // Attends to past rows split by split: rows_of(b) gives those of a sequence, first_of(b) the first that may be seen. Fills
 // states [batch, groups, m] and acc [batch, groups, m, value_dim].
-void AttendSplits(const Splits& splits, const DecodeShape& shape, const float* queries, const std::function<Rows(size_t)>& rows_of,
+void AttendSplits(const Splits& splits, const DecodeShape& shape, const float* queries, const std::function<Past(size_t)>& rows_of,
                   const std::function<size_t(size_t)>& first_of, SoftmaxRow* states, float* acc, const Kernels& k,
                   const Parallel& parallel);
 

@@ -36,13 +36,19 @@ class Grouped {
   }
 
   // From one key/value head on.
-  Rows PastRows(size_t b, size_t kv_head) const {
+  Past PastRows(size_t b, size_t kv_head) const {
     const size_t at = kv_head * a.head_dim;
     return a.past.Sequence(b, a.capacity, width, static_cast<size_t>(a.past_len[b]), at, kv_dim + at, a.head_dim);
   }
 
   // The first position that the token at `position` sees.
   size_t FirstSeen(size_t position) const { return a.window == 0 || position < a.window ? 0 : position + 1 - a.window; }
+
+  // The same among the cached rows of sequence b, for its new token s.
+  size_t FirstRow(size_t b, size_t s) const {
+    const size_t past_len = static_cast<size_t>(a.past_len[b]), first = FirstSeen(past_len + s);
+    return first - std::min(first, past_len - std::min(past_len, a.capacity));
+  }
 
   // Lets the same queries see the new rows up to their own, and writes their results.
   void Finish(size_t b, size_t s0, size_t tokens, size_t h0, size_t heads, const float* queries, float* acc, SoftmaxRow* state) const {
@@ -79,7 +85,7 @@ void Decode(const Grouped& grouped, const Splits& splits, const Parallel& parall
   AttendSplits(
       splits, {a.batch, a.n_kv_heads, grouped.group, a.head_dim, a.head_dim}, queries.get(),
       [&](size_t b) { return grouped.PastRows(b, 0); },
-      [&](size_t b) { return grouped.FirstSeen(static_cast<size_t>(a.past_len[b])); }, states.data(), acc.get(), grouped.k,
+      [&](size_t b) { return grouped.FirstRow(b, 0); }, states.data(), acc.get(), grouped.k,
       parallel);
   ForEach(parallel, units, [&](size_t unit) {
     const size_t first = unit * grouped.group;
@@ -96,7 +102,7 @@ void GroupedQueryAttention(const GroupedQueryAttentionArgs& a, const Kernels& k,
   ForEach(parallel, CeilDiv(total, kTokenTile), [&](size_t tile) {
     for (size_t t = tile * kTokenTile; t < std::min((tile + 1) * kTokenTile, total); ++t) grouped.NewRow(t);
   });
-  const Splits splits(a.seq, a.batch, a.past_len);
+  const Splits splits(a.seq, a.batch, a.capacity, a.past_len);
   if (splits.any()) return Decode(grouped, splits, parallel);
   // Decode: the heads of one group share their rows, so a task takes a group (or part of a large one).
   const Cut cut(a.seq, grouped.group);
@@ -112,10 +118,10 @@ void GroupedQueryAttention(const GroupedQueryAttentionArgs& a, const Kernels& k,
     SoftmaxRow state[kTokenTile];
     grouped.MakeQueries(b, s0, tokens, h0, heads, queries);
     Start(state, acc, m, a.head_dim);
-    const Rows past = grouped.PastRows(b, kv_head);
+    const Past past = grouped.PastRows(b, kv_head);
     std::vector<size_t> from(m);
-    const std::vector<size_t> to(m, past.count);
-    for (size_t i = 0; i < m; ++i) from[i] = grouped.FirstSeen(past.count + s0 + i / heads);
+    const std::vector<size_t> to(m, past.count());
+    for (size_t i = 0; i < m; ++i) from[i] = grouped.FirstRow(b, s0 + i / heads);
     Attend({queries, 1, m, a.head_dim, a.head_dim, from.data(), to.data(), acc, state}, past, k);
     grouped.Finish(b, s0, tokens, h0, heads, queries, acc, state);
   });

@@ -45,7 +45,7 @@ class Latent {
     k.scale(queries, a.scale, tokens * heads * width);
   }
 
-  Rows PastRows(size_t b) const { return a.past.Sequence(b, a.capacity, width, static_cast<size_t>(a.past_len[b]), 0, 0, 0); }
+  Past PastRows(size_t b) const { return a.past.Sequence(b, a.capacity, width, static_cast<size_t>(a.past_len[b]), 0, 0, 0); }
 
   // Lets the same queries see the new rows up to their own, and writes their results.
   void Finish(size_t b, size_t s0, size_t tokens, size_t h0, size_t heads, const float* queries, float* acc, SoftmaxRow* state) const {
@@ -108,7 +108,7 @@ void LatentAttention(const LatentAttentionArgs& a, const Kernels& k, const Paral
   ForEach(parallel, CeilDiv(total, kTokenTile), [&](size_t tile) {
     for (size_t t = tile * kTokenTile; t < std::min((tile + 1) * kTokenTile, total); ++t) latent.NewRow(t);
   });
-  const Splits splits(a.seq, a.batch, a.past_len);
+  const Splits splits(a.seq, a.batch, a.capacity, a.past_len);
   if (splits.any()) return Decode(latent, splits, parallel);
   const Cut cut(a.seq, a.n_heads);
   ForEach(parallel, a.batch * cut.token_tiles * cut.head_tiles, [&](size_t task) {
@@ -121,8 +121,8 @@ void LatentAttention(const LatentAttentionArgs& a, const Kernels& k, const Paral
     SoftmaxRow state[kTokenTile];
     latent.MakeQueries(b, s0, tokens, h0, heads, queries);
     Start(state, acc, m, a.rank);
-    const Rows past = latent.PastRows(b);
-    const std::vector<size_t> from(m, 0), to(m, past.count);
+    const Past past = latent.PastRows(b);
+    const std::vector<size_t> from(m, 0), to(m, past.count());
     Attend({queries, 1, m, latent.width, a.rank, from.data(), to.data(), acc, state}, past, k);
     latent.Finish(b, s0, tokens, h0, heads, queries, acc, state);
   });

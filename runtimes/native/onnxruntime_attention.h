@@ -21,14 +21,15 @@ inline float RowScale(const OrtKernelInfo* info) {
   return row_scale;
 }
 
-// past_kv [slots, B, C, W], past_len [B] and slot [], with past_scale [slots, B, C] after past_kv where that is int8.
+// past_kv [slots, B, C, W], past_len [B] and slot [], with past_scale [slots, B, C] after past_kv where that is int8. A window (0:
+// none) needs its own rows only, so that sequences may be longer than the cache.
 struct CacheInputs {
   Input past_kv;
   Cache slot_rows;
   const int64_t* past_len;
   size_t capacity, width;
 
-  CacheInputs(Inputs& in, size_t batch) : past_kv(in.Next()) {
+  CacheInputs(Inputs& in, size_t batch, size_t window = 0) : past_kv(in.Next()) {
     const CacheType type = CacheTypeOf(past_kv);
     const float* scales = type == CacheType::kInt8 ? in.Next().floats() : nullptr;
     const Input lengths = in.Next(), slot = in.Next();
@@ -36,8 +37,8 @@ struct CacheInputs {
     Require(past_kv.dim(1) == batch, "past_kv has another batch than the new tokens");
     Require(lengths.size() == batch, "past_len needs one length a sequence");
     for (size_t b = 0; b < batch; ++b)
-      Require(past_len[b] >= 0 && static_cast<size_t>(past_len[b]) <= capacity,
-              "past_len is negative or beyond the cache's capacity");
+      Require(past_len[b] >= 0 && (static_cast<size_t>(past_len[b]) <= capacity || (window > 0 && capacity + 1 >= window)),
+              "past_len is negative, or beyond the cache's capacity where that is less than the window");
     const int64_t index = slot.ints()[0];
     Require(index >= 0 && index < past_kv.shape()[0], "slot is outside past_kv");
     const size_t rows = static_cast<size_t>(index) * batch * capacity;
@@ -106,7 +107,7 @@ struct GroupedQueryAttentionKernel {
     a.n_heads = static_cast<size_t>(n_heads), a.n_kv_heads = static_cast<size_t>(n_kv_heads);
     a.window = static_cast<size_t>(window);
     a.head_dim = qkv.dim(2) / (a.n_heads + 2 * a.n_kv_heads);
-    const CacheInputs cache(in, a.batch);
+    const CacheInputs cache(in, a.batch, a.window);
     Require(cache.width == 2 * a.n_kv_heads * a.head_dim, "past_kv does not fit qkv");
     Require(cos.back(0) * 2 == a.head_dim && sin.back(0) * 2 == a.head_dim, "cos and sin do not fit qkv");
     a.scale = scale, a.capacity = cache.capacity;

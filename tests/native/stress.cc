@@ -144,7 +144,8 @@ void StressMixture(const Tables& tables) {
 // A layer's cache of random type and lengths; dead rows hold NaN, or scales that are.
 class RandomCache {
  public:
-  RandomCache(size_t batch, size_t seq, size_t capacity, size_t width) : batch_(batch), tokens_(batch * seq), width_(width) {
+  // window: of attention; where the cache holds it, sequences may be longer than that.
+  RandomCache(size_t batch, size_t seq, size_t capacity, size_t width, size_t window = 0) : batch_(batch), tokens_(batch * seq), width_(width) {
     type_ = static_cast<mythos::CacheType>(Between(0, 3));
     const size_t rows = batch * capacity;
     const auto numbers = Floats(rows * width);
@@ -158,7 +159,7 @@ class RandomCache {
       all.Store(r, row.data(), width, mythos::CurrentKernels());
     }
     for (size_t b = 0; b < batch; ++b) {
-      lengths.push_back(static_cast<int64_t>(Between(0, capacity)));
+      lengths.push_back(static_cast<int64_t>(Between(0, window > 0 && capacity + 1 >= window ? 3 * capacity : capacity)));
       for (size_t r = b * capacity + static_cast<size_t>(lengths[b]); r < (b + 1) * capacity; ++r) {
         std::vector<float> dead(width, std::numeric_limits<float>::quiet_NaN());
         all.Store(r, dead.data(), width, mythos::CurrentKernels());
@@ -211,7 +212,7 @@ void StressGroupedQueryAttention(const Tables& tables) {
   const size_t tokens = a.batch * a.seq, width = 2 * a.n_kv_heads * a.head_dim;
   const auto qkv = Floats(tokens * (a.n_heads + 2 * a.n_kv_heads) * a.head_dim);
   const auto cos = Floats(tokens * a.head_dim / 2), sin = Floats(tokens * a.head_dim / 2);
-  RandomCache cache(a.batch, a.seq, a.capacity, width);
+  RandomCache cache(a.batch, a.seq, a.capacity, width, a.window);
   a.qkv = qkv.data(), a.cos = cos.data(), a.sin = sin.data();
   a.past = cache.past(), a.past_len = cache.lengths.data(), a.new_kv = cache.new_rows();
   Compare(tables, "GroupedQueryAttention", tokens * a.n_heads * a.head_dim, cache.rounds(), [&](const mythos::Kernels& k, float* y) {

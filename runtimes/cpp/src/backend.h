@@ -77,6 +77,7 @@ struct BackendOptions {
   int native;             // 1, 0 or -1, as in mythos_options
   std::string operators;  // path of the native operators, "" for the usual places
   int64_t longest_step;
+  uint64_t memory_limit;  // for weights; 0: none
 };
 
 // Throws Error.

@@ -16,7 +16,8 @@ using nlohmann::json;
 
 namespace {
 
-constexpr int64_t kFormatVersion = 4;
+constexpr int64_t kFormatVersion = 5, kOldest = 4;
+constexpr int64_t kBlock = 256;  // rows by which caches grow
 constexpr uintmax_t kManifestLimit = uintmax_t{64} << 20;  // bytes; a manifest is a few KB
 constexpr char kManifest[] = "manifest.json";
 constexpr size_t kPiece = size_t{1} << 20;
@@ -73,7 +74,7 @@ Graph graph_of(const json& object) {
   static const std::set<std::string> members{"file",          "weights",       "dtype",      "cache_dtype", "weight_dtype",
                                              "loops",         "max_loops",     "default_loops", "prelude_slots", "loop_slots",
                                              "coda_slots",    "cache_width",   "vocab_size", "max_seq_len"};
-  check_members(object, "a graph", members, {});
+  check_members(object, "a graph", members, {"window"});
   Graph graph;
   graph.file = object.at("file").get<std::string>();
   graph.weights = object.at("weights").get<std::vector<std::string>>();
@@ -90,6 +91,7 @@ Graph graph_of(const json& object) {
   graph.cache_width = number(object, "cache_width", 1);
   graph.vocab_size = number(object, "vocab_size", 1);
   graph.max_seq_len = number(object, "max_seq_len", 1);
+  if (object.contains("window")) graph.window = number(object, "window");
   if (graph.most_cache_bytes() > kMostCacheBytes) throw std::invalid_argument("a graph's cache is larger than any memory");
   return graph;
 }
@@ -105,8 +107,9 @@ Manifest parsed(const fs::path& path) {
     if (!head.is_object() || !head.contains("format") || head["format"] != "mythos-bundle")
       damaged(text(path) + ": \"format\" is not \"mythos-bundle\"; this is not a bundle of mythos-export");
     const json version = head.value("format_version", json());
-    if (version != kFormatVersion)
-      damaged(text(path) + ": format version " + version.dump() + ", this release reads " + std::to_string(kFormatVersion) +
+    if (version != kFormatVersion && version != kOldest)
+      damaged(text(path) + ": format version " + version.dump() + ", this release reads " + std::to_string(kOldest) + " and " +
+              std::to_string(kFormatVersion) +
               "; export the checkpoint again, or install the mythos-export that made the bundle");
     check_members(head, "the manifest", {"format", "format_version", "producer", "model", "graphs", "files", "source"},
                   {"tokenizer", "eos_token_ids", "quantization", "parity"});
@@ -156,6 +159,22 @@ double Graph::most_cache_bytes() const {
   const double slots_most =
       real(prelude_slots) + real(std::max({max_loops, default_loops, loops.value_or(0)})) * real(loop_slots) + real(coda_slots);
   return slots_most * real(max_seq_len) * (real(cache_width) * sizeof(float) + sizeof(float));
+}
+
+uint64_t Manifest::weight_bytes(const Graph& graph) const {
+  uint64_t bytes = 0;
+  for (const auto& name : graph.weights) bytes += files.at(name).size;
+  return bytes;
+}
+
+uint64_t Manifest::weight_memory(const Graph& graph) const {
+  const bool widened = graph.dtype == "float32" && (graph.weight_dtype == "float16" || graph.weight_dtype == "bfloat16");
+  return (widened ? 2 : 1) * weight_bytes(graph);
+}
+
+int64_t Graph::rows(int64_t tokens) const {
+  const int64_t blocks = (std::max<int64_t>(tokens, 1) + kBlock - 1) / kBlock * kBlock;
+  return window ? std::min(blocks, window) : blocks;
 }
 
 Manifest open_bundle(const fs::path& folder) {

@@ -70,7 +70,10 @@ Generated generate(Backend& backend, MemoryBudget& budget, const Tokenizer* toke
     refuse("max_new_tokens is " + std::to_string(request.max_new_tokens) + "; expected at least 1");
   request.sampling.check();
   const Graph& graph = backend.graph();
-  Session session(backend, budget, static_cast<int64_t>(prompts.size()), request.n_loops);
+  size_t longest = 0;
+  for (const auto& prompt : prompts) longest = std::max(longest, prompt.size());
+  const auto expected = std::min(static_cast<int64_t>(longest), graph.max_seq_len) + std::min(request.max_new_tokens, graph.max_seq_len);
+  Session session(backend, budget, static_cast<int64_t>(prompts.size()), request.n_loops, expected);
   std::vector<Sequence> sequences;
   Generated result{std::vector<mythos_finish>(prompts.size(), MYTHOS_FINISH_NONE), mythos_stats{}, false};
   for (size_t i = 0; i < prompts.size(); ++i) {

@@ -172,8 +172,13 @@ const Graph& chosen(const Manifest& manifest) {
 }  // namespace
 
 std::unique_ptr<Backend> open_onnxruntime(const fs::path& folder, const Manifest& manifest, const BackendOptions& options) {
+  const Graph& graph = chosen(manifest);
+  const uint64_t weights = manifest.weight_memory(graph);
+  if (options.memory_limit && weights > options.memory_limit)
+    throw Error(MYTHOS_ERROR_MEMORY, "the weights take " + std::to_string(weights) + " bytes, more than the memory_limit of " +
+                                         std::to_string(options.memory_limit) + "; raise it, or quantize the bundle");
   load_onnxruntime();
-  return std::make_unique<OnnxRuntimeBackend>(folder, chosen(manifest), options);
+  return std::make_unique<OnnxRuntimeBackend>(folder, graph, options);
 }
 
 }  // namespace mythos

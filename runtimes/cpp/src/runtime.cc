@@ -153,15 +153,10 @@ mythos_status mythos_runner_open(const char* bundle, const mythos_options* optio
     auto text = mythos::open_text(bundle, manifest.tokenizer);
     auto backend = mythos::open_onnxruntime(
         bundle, manifest, {chosen.threads, chosen.native, chosen.operators_library ? chosen.operators_library : "",
-                 chosen.prefill_chunk ? chosen.prefill_chunk : kChunk});
-    uint64_t weights = 0;
-    for (const auto& name : backend->graph().weights) weights += manifest.files.at(name).size;
-    if (chosen.memory_limit && weights > chosen.memory_limit)
-      throw mythos::Error(MYTHOS_ERROR_MEMORY, "the weights take " + std::to_string(weights) + " bytes, more than the memory_limit of " +
-                                                   std::to_string(chosen.memory_limit));
-    const uint64_t left = chosen.memory_limit ? std::max<uint64_t>(chosen.memory_limit - weights, 1) : 0;
-    *runner = new mythos_runner{std::move(backend), mythos::MemoryBudget(left), manifest.eos_token_ids, weights,
-                                std::move(text)};
+                 chosen.prefill_chunk ? chosen.prefill_chunk : kChunk, chosen.memory_limit});
+    const uint64_t in_memory = manifest.weight_memory(backend->graph()), in_files = manifest.weight_bytes(backend->graph());
+    const uint64_t left = chosen.memory_limit ? std::max<uint64_t>(chosen.memory_limit - in_memory, 1) : 0;
+    *runner = new mythos_runner{std::move(backend), mythos::MemoryBudget(left), manifest.eos_token_ids, in_files, std::move(text)};
     return MYTHOS_OK;
   });
 }
@@ -176,7 +171,8 @@ mythos_status mythos_runner_info(const mythos_runner* runner, mythos_info* info)
     const int64_t loops = graph.loops.value_or(graph.default_loops);
     hand_out(mythos_info{sizeof(mythos_info), graph.vocab_size, graph.max_seq_len, graph.loops.value_or(0), graph.max_loops, loops,
                          graph.slots(loops) * static_cast<int64_t>(graph.cache_row_size()), runner->weight_bytes,
-                         runner->backend->native() ? 1 : 0, runner->backend->name(), runner->text.tokenizer ? 1 : 0},
+                         runner->backend->native() ? 1 : 0, runner->backend->name(), runner->text.tokenizer ? 1 : 0,
+                         graph.window},
              info, "info");
     return MYTHOS_OK;
   });
@@ -278,7 +274,8 @@ mythos_status mythos_score(mythos_runner* runner, const int64_t* ids, size_t n, 
     need(ids, "ids");
     need(logprobs, "logprobs");
     if (n < 2) refuse("ids holds " + std::to_string(n) + " tokens; expected at least 2");
-    mythos::Session session(*runner->backend, runner->budget, 1, n_loops ? std::vector<int64_t>{n_loops} : std::vector<int64_t>{});
+    mythos::Session session(*runner->backend, runner->budget, 1, n_loops ? std::vector<int64_t>{n_loops} : std::vector<int64_t>{},
+                            static_cast<int64_t>(n));
     const int64_t vocab = runner->backend->graph().vocab_size;
     session.advance_scored({ids, ids + n}, [&](const float* logits, size_t i) {
       if (i + 1 < n) logprobs[i] = mythos::log_probability(logits, vocab, ids[i + 1]);

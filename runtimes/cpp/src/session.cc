@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <numeric>
 #include <string>
 
@@ -10,8 +11,6 @@
 namespace mythos {
 
 namespace {
-
-constexpr int64_t kBlock = 256;  // rows by which caches grow
 
 std::string number(int64_t value) { return std::to_string(value); }
 
@@ -75,17 +74,24 @@ struct Session::Step {
   }
 };
 
-Session::Session(Backend& backend, MemoryBudget& budget, int64_t batch, const std::vector<int64_t>& n_loops)
+void Buffer::resize(size_t bytes) {
+  void* moved = std::realloc(data_, std::max<size_t>(bytes, 1));
+  if (!moved) throw std::bad_alloc();
+  data_ = static_cast<char*>(moved);
+}
+
+Session::Session(Backend& backend, MemoryBudget& budget, int64_t batch, const std::vector<int64_t>& n_loops, int64_t tokens)
     : backend_(backend),
       budget_(budget),
       slots_(checked_slots(backend.graph(), batch, n_loops)),
-      capacity_(kBlock),
+      capacity_(backend.graph().rows(std::min(tokens, backend.graph().max_seq_len))),
       row_bytes_(static_cast<size_t>(backend.graph().cache_width) * backend.graph().cache_item_size()),
       share_(budget, bytes(capacity_, batch)),
       length_(static_cast<size_t>(batch), 0),
       n_loops_(n_loops.empty() ? std::vector<int64_t>(static_cast<size_t>(batch), trained_loops(backend.graph())) : n_loops),
-      cache_(static_cast<size_t>(slots_ * batch * capacity_) * row_bytes_, 0),
-      scales_(backend.graph().cache_dtype == "int8" ? static_cast<size_t>(slots_ * batch * capacity_) : 0, 0) {}
+      int8_(backend.graph().cache_dtype == "int8"),
+      cache_(static_cast<size_t>(slots_ * batch * capacity_) * row_bytes_),
+      scales_(int8_ ? static_cast<size_t>(slots_ * batch * capacity_) * sizeof(float) : 0) {}
 
 uint64_t Session::bytes(int64_t capacity, int64_t batch) const {
   return static_cast<uint64_t>(slots_ * batch * capacity) * backend_.graph().cache_row_size();
@@ -113,7 +119,7 @@ std::unique_ptr<StepOutput> Session::run(const Step& step) {
   if (stop_.is_set()) throw Error(MYTHOS_CANCELLED, "the session was cancelled; mythos_session_resume makes it usable again");
   const StepInput input{batch(),        step.seq,       capacity_,
                         slots_,         step.k,         step.ids.data(),
-                        length_.data(), cache_.data(),  scales_.empty() ? nullptr : scales_.data(),
+                        length_.data(), cache_.data(),  int8_ ? reinterpret_cast<const float*>(scales_.data()) : nullptr,
                         step.positions.data(), n_loops_.data()};
   return backend_.run(input, stop_);
 }
@@ -124,7 +130,9 @@ void Session::advance(const Rows& ids, float* logits, int64_t* exit_loop) {
   const auto chunk = static_cast<size_t>(backend_.longest_step());
   size_t longest = 0;
   for (const auto& row : ids) longest = std::max(longest, row.size());
+  reserve(ids);
   const std::vector<int64_t> before = length_;
+  const std::vector<char> lost = longest > chunk ? overwritten_by(ids) : std::vector<char>();
   try {
     for (size_t start = 0; start < longest; start += chunk) {
       const Step step(ids, start, chunk, false);
@@ -137,7 +145,14 @@ void Session::advance(const Rows& ids, float* logits, int64_t* exit_loop) {
       }
     }
   } catch (...) {
-    length_ = before;  // rows of chunks that ran are overwritten later
+    length_ = before;  // rows of chunks that ran are overwritten later, or have overwritten these
+    const char* from = lost.data();
+    if (!lost.empty())
+      for_parts([&](Buffer& part, size_t row) {
+        const size_t size = static_cast<size_t>(slots_ * batch() * capacity_) * row;
+        std::memcpy(part.data(), from, size);
+        from += size;
+      });
     throw;
   }
 }
@@ -145,6 +160,7 @@ void Session::advance(const Rows& ids, float* logits, int64_t* exit_loop) {
 void Session::advance_scored(const std::vector<int64_t>& ids, const std::function<void(const float*, size_t)>& position) {
   const Rows rows{ids};
   check_ids(rows);
+  reserve(rows);
   const int64_t vocab = backend_.graph().vocab_size;
   const auto chunk = static_cast<size_t>(backend_.longest_step());
   for (size_t start = 0; start < ids.size(); start += chunk) {
@@ -155,50 +171,73 @@ void Session::advance_scored(const std::vector<int64_t>& ids, const std::functio
   }
 }
 
+// Of each sequence's new rows those that there is room for, the last ones, from its next place in the ring on.
 void Session::append(const StepOutput& out, const Step& step) {
-  int64_t needed = 0;
-  for (size_t b = 0; b < length_.size(); ++b) needed = std::max(needed, length_[b] + step.counts[b]);
-  reserve(needed);
   const int64_t rows = batch();
-  const char* new_rows = static_cast<const char*>(out.new_kv());
-  for (int64_t slot = 0; slot < slots_; ++slot) {
-    for (int64_t b = 0; b < rows; ++b) {
-      const size_t to = static_cast<size_t>((slot * rows + b) * capacity_ + length_[static_cast<size_t>(b)]);
-      const size_t from = static_cast<size_t>((slot * rows + b) * step.seq), count = static_cast<size_t>(step.counts[static_cast<size_t>(b)]);
-      std::memcpy(cache_.data() + to * row_bytes_, new_rows + from * row_bytes_, count * row_bytes_);
-      if (!scales_.empty()) std::copy_n(out.new_scale() + from, count, scales_.data() + to);
+  const char* fresh = static_cast<const char*>(out.new_kv());
+  for_parts([&](Buffer& part, size_t row) {
+    for (int64_t slot = 0; slot < slots_; ++slot) {
+      for (int64_t b = 0; b < rows; ++b) {
+        const int64_t length = length_[static_cast<size_t>(b)], count = step.counts[static_cast<size_t>(b)];
+        const int64_t skipped = std::max<int64_t>(0, count - capacity_), at = (length + skipped) % capacity_;
+        const int64_t left = count - skipped, first = std::min(left, capacity_ - at);
+        char* sequence = part.data() + static_cast<size_t>((slot * rows + b) * capacity_) * row;
+        const char* from = fresh + static_cast<size_t>((slot * rows + b) * step.seq + skipped) * row;
+        std::memcpy(sequence + static_cast<size_t>(at) * row, from, static_cast<size_t>(first) * row);
+        std::memcpy(sequence, from + static_cast<size_t>(first) * row, static_cast<size_t>(left - first) * row);
+      }
     }
-  }
+    fresh = reinterpret_cast<const char*>(out.new_scale());
+  });
   for (size_t b = 0; b < length_.size(); ++b) length_[b] += step.counts[b];
 }
 
-void Session::reserve(int64_t rows) {
-  if (rows <= capacity_) return;
-  // Half as much again, in whole blocks: a long sequence is copied a few times, not once a block.
-  const int64_t capacity = (std::max(rows, capacity_ * 3 / 2) + kBlock - 1) / kBlock * kBlock;
+// Room for the sequences with these tokens.
+void Session::reserve(const Rows& ids) {
+  const Graph& graph = backend_.graph();
+  int64_t longest = 0;
+  for (size_t b = 0; b < ids.size(); ++b) longest = std::max(longest, length_[b] + static_cast<int64_t>(ids[b].size()));
+  if (longest <= capacity_ || capacity_ == graph.window) return;
+  // An eighth more than before, in whole blocks: a long sequence is moved a few times, not once a block.
+  const int64_t capacity = graph.rows(std::max(longest, capacity_ * 9 / 8));
+  share_.resize(bytes(capacity, batch()));
   std::vector<int64_t> all(length_.size());
   std::iota(all.begin(), all.end(), int64_t{0});
-  resize(capacity, all);
+  try {
+    lay_out(all, capacity);
+  } catch (const std::bad_alloc&) {
+    share_.resize(bytes(capacity_, batch()));
+    throw;
+  }
 }
 
-// A cache of that capacity with these rows of the batch.
-void Session::resize(int64_t capacity, const std::vector<int64_t>& rows) {
-  const int64_t before = batch(), after = static_cast<int64_t>(rows.size());
-  MemoryShare share(budget_, bytes(capacity, after));
-  std::vector<char> cache(static_cast<size_t>(slots_ * after * capacity) * row_bytes_, 0);
-  std::vector<float> scales(scales_.empty() ? 0 : static_cast<size_t>(slots_ * after * capacity), 0);
-  for (int64_t slot = 0; slot < slots_; ++slot) {
-    for (int64_t b = 0; b < after; ++b) {
-      const int64_t old = rows[static_cast<size_t>(b)];
-      const size_t from = static_cast<size_t>((slot * before + old) * capacity_), to = static_cast<size_t>((slot * after + b) * capacity);
-      const size_t count = static_cast<size_t>(length_[static_cast<size_t>(old)]);
-      std::memcpy(cache.data() + to * row_bytes_, cache_.data() + from * row_bytes_, count * row_bytes_);
-      if (!scales_.empty()) std::copy_n(scales_.data() + from, count, scales.data() + to);
+// A copy of the cache where these tokens would take the place of others; else empty.
+std::vector<char> Session::overwritten_by(const Rows& ids) {
+  bool any = false;
+  for (size_t b = 0; b < ids.size(); ++b) any = any || (length_[b] && length_[b] + static_cast<int64_t>(ids[b].size()) > capacity_);
+  std::vector<char> copy;
+  if (!any) return copy;
+  for_parts([&](Buffer& part, size_t row) {
+    copy.insert(copy.end(), part.data(), part.data() + static_cast<size_t>(slots_ * batch() * capacity_) * row);
+  });
+  return copy;
+}
+
+// Moves the rows of these sequences, rising, to where they stand in a cache of that capacity, which lies where the old one does.
+void Session::lay_out(const std::vector<int64_t>& rows, int64_t capacity) {
+  const int64_t before = batch(), after = static_cast<int64_t>(rows.size()), n = slots_ * after;
+  const bool grows = after * capacity > before * capacity_;
+  const auto resize = [&](Buffer& part, size_t row) { part.resize(static_cast<size_t>(n * capacity) * row); };
+  if (grows) for_parts(resize);
+  for_parts([&](Buffer& part, size_t row) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t to = grows ? n - 1 - i : i, slot = to / after, old = rows[static_cast<size_t>(to % after)];
+      const size_t count = static_cast<size_t>(std::min(length_[static_cast<size_t>(old)], capacity_));
+      std::memmove(part.data() + static_cast<size_t>(to * capacity) * row,
+                   part.data() + static_cast<size_t>((slot * before + old) * capacity_) * row, count * row);
     }
-  }
-  share_.swap(share);
-  cache_.swap(cache);
-  scales_.swap(scales);
+  });
+  if (!grows) for_parts(resize);
   capacity_ = capacity;
 }
 
@@ -216,7 +255,7 @@ void Session::keep(const std::vector<int64_t>& rows) {
   for (size_t i = 0; i < rows.size(); ++i)
     if (rows[i] < 0 || rows[i] >= batch() || (i && rows[i] <= rows[i - 1]))
       refuse("rows to keep are not rising numbers from 0 to " + number(batch() - 1));
-  resize(capacity_, rows);
+  lay_out(rows, capacity_);
   std::vector<int64_t> length, n_loops;
   for (const int64_t row : rows) {
     length.push_back(length_[static_cast<size_t>(row)]);
@@ -224,6 +263,7 @@ void Session::keep(const std::vector<int64_t>& rows) {
   }
   length_.swap(length);
   n_loops_.swap(n_loops);
+  share_.resize(bytes(capacity_, batch()));
 }
 
 }  // namespace mythos

@@ -4,9 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "backend.h"
@@ -34,20 +34,42 @@ class MemoryShare {
   ~MemoryShare() { budget_.give_back(bytes_); }
   MemoryShare(const MemoryShare&) = delete;
   MemoryShare& operator=(const MemoryShare&) = delete;
-  // Of the same budget.
-  void swap(MemoryShare& other) { std::swap(bytes_, other.bytes_); }
+  // Throws Error (MYTHOS_ERROR_MEMORY).
+  void resize(uint64_t bytes) {
+    if (bytes > bytes_)
+      budget_.take(bytes - bytes_);
+    else
+      budget_.give_back(bytes_ - bytes);
+    bytes_ = bytes;
+  }
 
  private:
   MemoryBudget& budget_;
   uint64_t bytes_;
 };
 
+// Memory that grows where it lies, as the system's realloc moves large blocks without copying them. What is not written yet takes
+// address space only.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) { resize(bytes); }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  // Throws std::bad_alloc.
+  void resize(size_t bytes);
+  char* data() { return data_; }
+
+ private:
+  char* data_ = nullptr;
+};
+
 using Rows = std::vector<std::vector<int64_t>>;
 
 class Session {
  public:
-  // n_loops: of each row, or empty for the trained depth. Throws Error.
-  Session(Backend& backend, MemoryBudget& budget, int64_t batch, const std::vector<int64_t>& n_loops);
+  // n_loops: of each row, or empty for the trained depth. tokens: how long the sequences are expected to become. Throws Error.
+  Session(Backend& backend, MemoryBudget& budget, int64_t batch, const std::vector<int64_t>& n_loops, int64_t tokens = 0);
   int64_t batch() const { return static_cast<int64_t>(length_.size()); }
   const std::vector<int64_t>& past_len() const { return length_; }
   StopSignal& stop() { return stop_; }
@@ -64,9 +86,16 @@ class Session {
   void check_ids(const Rows& ids) const;
   std::unique_ptr<StepOutput> run(const Step& step);
   void append(const StepOutput& out, const Step& step);
-  void reserve(int64_t rows);
-  void resize(int64_t capacity, const std::vector<int64_t>& rows);
+  void reserve(const Rows& ids);
+  std::vector<char> overwritten_by(const Rows& ids);
+  void lay_out(const std::vector<int64_t>& rows, int64_t capacity);
   uint64_t bytes(int64_t capacity, int64_t batch) const;
+  // Each part of the cache: where it lies, and the bytes of a row in it.
+  template <typename Part>
+  void for_parts(Part part) {
+    part(cache_, row_bytes_);
+    if (int8_) part(scales_, sizeof(float));
+  }
 
   Backend& backend_;
   MemoryBudget& budget_;
@@ -75,9 +104,9 @@ class Session {
   size_t row_bytes_;
   MemoryShare share_;  // before what it is for
   std::vector<int64_t> length_, n_loops_;
-  std::vector<char> cache_;    // [slots, B, C, W]
-  std::vector<float> scales_;  // [slots, B, C] of an int8 cache
+  const bool int8_;
+  Buffer cache_;   // [slots, B, C, W]; the row of position p at p mod C
+  Buffer scales_;  // [slots, B, C] float of an int8 cache
 };
-
 
 }  // namespace mythos

@@ -40,10 +40,10 @@ constexpr char kGraph[] = "not a graph", kWeights[] = "weights";
 
 // A manifest that is right about every file.
 std::string manifest(const std::string& tokenizer) {
-  return R"({"format": "mythos-bundle", "format_version": 4, "producer": {}, "model": {}, "source": {}, "graphs": [{"file":
+  return R"({"format": "mythos-bundle", "format_version": 5, "producer": {}, "model": {}, "source": {}, "graphs": [{"file":
 "decoder.onnx", "weights": ["weights.bin"], "dtype": "float32", "cache_dtype": "float32", "weight_dtype": "float32", "loops": null,
 "max_loops": 12, "default_loops": 4, "prelude_slots": 1, "loop_slots": 1, "coda_slots": 1, "cache_width": 24, "vocab_size": 2048,
-"max_seq_len": 512}], "tokenizer": "tokenizer.json", "eos_token_ids": [0], "files": {)" +
+"max_seq_len": 512, "window": 0}], "tokenizer": "tokenizer.json", "eos_token_ids": [0], "files": {)" +
          entry("decoder.onnx", kGraph) + ", " + entry("weights.bin", kWeights) + ", " + entry("tokenizer.json", tokenizer) + "}}";
 }
 

@@ -58,7 +58,8 @@ typedef struct mythos_options {
   int32_t threads;                /* CPU threads of a step; 0: all cores */
   int32_t native;                 /* native operators: 1 must run, 0 must not, -1 where operators_library loads (the default) */
   const char* operators_library;  /* path of libmythos_ops.so; NULL: beside this library, or what MYTHOS_OPERATORS names */
-  uint64_t memory_limit;          /* most bytes for weights and all caches together; 0: no limit */
+  uint64_t memory_limit;          /* most bytes for weights and all caches together, as they lie in memory (16-bit weights are widened);
+                                   * 0: no limit. What a step computes comes on top */
   int64_t prefill_chunk;          /* tokens of each sequence that a step takes at most; 0: 512. Fewer take less memory beside weights and
                                    * caches, and prefill longer */
 } mythos_options;
@@ -78,6 +79,7 @@ typedef struct mythos_info {
   int32_t native;        /* 1 where native operators run */
   const char* backend;   /* "onnxruntime"; lives as long as the runner */
   int32_t has_text;      /* 1 where mythos_encode, mythos_decode and texts of tokens are to be had; mythos_encode says why not */
+  int64_t window;        /* tokens of a sequence, the last ones, that its cache holds at most; 0: all */
 } mythos_info;
 
 /* Opens the bundle in a folder: its manifest is checked against the schema, and size and sha256 of every file, before anything is used.
