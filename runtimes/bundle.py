@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -55,7 +55,7 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache_width: int
     vocab_size: int
     max_seq_len: int
-    window: int = 0
+    window: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     def slots(self, n_loops: int) -> int:
         """Cache slots of a sequence that runs n_loops loops."""
