@@ -96,7 +96,7 @@ demo: venv native
 	$(BIN)/mythos-export demo
 
 test: lint toolchains native
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --durations 20
 
 lint: venv
 	$(BIN)/ruff check .
