@@ -1,4 +1,4 @@
-// Time a token takes outside onnxruntime: overhead BUNDLE [TOKENS [TEMPERATURE [THREADS]]] prints its median and 99th percentile in
+// Time a token takes outside onnxruntime: overhead BUNDLE [TOKENS [TEMPERATURE [THREADS [TOP_K [TOP_P]]]]] prints its median and 99th percentile in
 // microseconds, decoding one sequence. Built by hand: cmake --build … --target overhead
 #include <algorithm>
 #include <chrono>
@@ -39,7 +39,7 @@ class Timed : public mythos::Backend {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: %s BUNDLE [TOKENS [TEMPERATURE [THREADS]]]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s BUNDLE [TOKENS [TEMPERATURE [THREADS [TOP_K [TOP_P]]]]]\n", argv[0]);
     return 2;
   }
   const auto manifest = mythos::open_bundle(argv[1]);
@@ -49,6 +49,8 @@ int main(int argc, char** argv) {
   mythos::Request request;
   request.max_new_tokens = argc > 2 ? std::atoll(argv[2]) : 400;
   request.sampling.temperature = argc > 3 ? std::atof(argv[3]) : 0;
+  request.sampling.top_k = argc > 5 ? std::atoll(argv[5]) : 0;
+  request.sampling.top_p = argc > 6 ? std::atof(argv[6]) : 1;
   std::vector<double> outside;
   auto last = Clock::now();
   mythos::generate(backend, budget, text.tokenizer.get(), {{5, 6, 7}}, request, [&](const mythos_token&) {

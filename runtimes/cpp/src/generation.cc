@@ -34,8 +34,8 @@ double seconds_since(std::chrono::steady_clock::time_point began) {
 }
 
 // Chooses the sequence's next token from logits [V].
-void choose(Sequence& sequence, const float* logits, const Graph& graph, const Request& request) {
-  const int64_t token = request.sampling.choose(logits, graph.vocab_size, sequence.seen, sequence.random);
+void choose(Sequence& sequence, const float* logits, const Graph& graph, const Request& request, Scratch& scratch) {
+  const int64_t token = request.sampling.choose(logits, graph.vocab_size, sequence.seen, sequence.random, scratch);
   sequence.seen.push_back(token);
   ++sequence.n_new;
   sequence.finish = finish_after(sequence, request, graph.max_seq_len);
@@ -85,12 +85,13 @@ Generated generate(Backend& backend, MemoryBudget& budget, const Tokenizer* toke
   std::vector<float> logits(prompts.size() * static_cast<size_t>(graph.vocab_size));
   std::vector<int64_t> exit_loop(prompts.size());
   Rows step = prompts;
+  Scratch scratch;
   double exit_loops = 0;
   for (bool decoding = false; !sequences.empty(); decoding = true) {
     const auto began = std::chrono::steady_clock::now();
     session.advance(step, logits.data(), exit_loop.data());
     for (size_t b = 0; b < sequences.size(); ++b) {
-      choose(sequences[b], logits.data() + b * static_cast<size_t>(graph.vocab_size), graph, request);
+      choose(sequences[b], logits.data() + b * static_cast<size_t>(graph.vocab_size), graph, request, scratch);
       exit_loops += static_cast<double>(exit_loop[b]);
     }
     const int64_t made = static_cast<int64_t>(sequences.size());

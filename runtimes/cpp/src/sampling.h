@@ -18,6 +18,19 @@ class SplitMix64 {
   uint64_t state_;
 };
 
+// A token's scaled logit.
+struct Ranked {
+  double value;
+  int64_t id;
+};
+
+// Memory that choices of one thread use in turn, so that each need not ask the system for it.
+struct Scratch {
+  std::vector<double> scaled, likelihoods;
+  std::vector<Ranked> ranked;
+  std::vector<char> marked;
+};
+
 struct Sampling {
   double temperature = 0, top_p = 1, min_p = 0, repetition_penalty = 1;
   int64_t top_k = 0;
@@ -25,7 +38,7 @@ struct Sampling {
   // Throws Error where a value makes no sense.
   void check() const;
   // The next token's id from logits [n]; seen: prompt and generated ids so far, all within 0 to n - 1.
-  int64_t choose(const float* logits, int64_t n, const std::vector<int64_t>& seen, SplitMix64& random) const;
+  int64_t choose(const float* logits, int64_t n, const std::vector<int64_t>& seen, SplitMix64& random, Scratch& scratch) const;
 };
 
 // Natural log-probability of one token under logits [n].
