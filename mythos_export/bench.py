@@ -228,7 +228,7 @@ def _row(
     each = workload.prompt if name == "pp" else workload.new
     tokens = each * workload.batch
     rates = [tokens / seconds for seconds, _ in measured]
-    n_bytes = _bytes_per_token(runner, name, workload, loops)
+    n_bytes = bytes_per_token(runner, name, workload, loops)
     rate = statistics.mean(rates)
     shares = [n_bytes * tokens / seconds / 1e9 / bandwidth for seconds, bandwidth in measured]
     theirs = tokens / statistics.median(reference_seconds) if reference_seconds else None
@@ -244,7 +244,7 @@ def _row(
     )
 
 
-def _bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) -> float:
+def bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) -> float:
     """Bytes a token must read and write: weights once a step (a prefill is one step), live cache rows, the new rows."""
     manifest, graph = runner.manifest, runner.graph
     config = ModelConfig.from_dict(manifest.model)

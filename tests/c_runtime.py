@@ -188,6 +188,12 @@ class CRunner:
         self.library.call("mythos_score", self.handle, ints(ids), c_size_t(len(ids)), c_int64(n_loops), logprobs)
         return np.array(logprobs)
 
+    def step_bytes(self, batch: int, tokens: int, past_len: float, n_loops: int = 0) -> float:
+        n_bytes = c_double()
+        arguments = (c_int64(batch), c_int64(tokens), c_double(past_len), c_int64(n_loops))
+        self.library.call("mythos_step_bytes", self.handle, *arguments, byref(n_bytes))
+        return n_bytes.value
+
     def encode(self, text: bytes) -> list[int]:
         n, room = c_size_t(), len(text) + 1
         ids = (c_int64 * room)()

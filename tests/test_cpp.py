@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from c_runtime import CANCELLED, OK, CError, CRunner, CSession, Library
 from cpp_sdk import ROOT, run, tool
 
+from mythos_export import bench
 from runtimes import native_operators
 from runtimes.runner import Runner, load
 
@@ -99,6 +101,18 @@ def test_a_model_without_a_loop_is_as_in_python(
         session.keep([0, 2])
     got, _, again = (session.advance([[7], [9]])[0] for session in sessions)
     np.testing.assert_allclose(again, got, atol=2e-3 if cache_dtype == "int8" else 1e-5)
+
+
+def test_bytes_of_a_step_are_pythons(both: tuple[CRunner, Runner]) -> None:
+    in_c, in_python = both
+    for batch, context in ((1, 0), (3, 40)):
+        workload = bench.Workload(prompt=16, new=4, context=context, batch=batch)
+        loops = workload.check(in_python)
+        prefill, decode = (bench.bytes_per_token(in_python, name, workload, loops) for name in ("pp", "tg"))
+        assert in_c.step_bytes(batch, 16, 0) / (16 * batch) == pytest.approx(prefill)
+        assert in_c.step_bytes(batch, 1, context + 2.5) / batch == pytest.approx(decode)
+    with pytest.raises(CError, match="tokens 0 and past_len 0.000000; expected at least 1"):
+        in_c.step_bytes(1, 0, 0)
 
 
 def test_sequences_end_as_in_python(both: tuple[CRunner, Runner]) -> None:
@@ -283,8 +297,16 @@ def test_a_chat(sdk: Path, library: Library, programs: Path, tiny_bundle: Path) 
 
 
 def test_a_bench(programs: Path, tiny_bundle: Path) -> None:
-    lines = run(programs / "bench", tiny_bundle, "-p", 16, "-n", 4, "-r", 2, "-d", 8, "--threads", 1).splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("|")] == ["test", "--------------", "pp16", "tg4"]
+    arguments = ["-p", 16, "-n", 4, "-r", 2, "-d", 8, "--threads", 1]
+    in_c = run(programs / "bench", tiny_bundle, *arguments)
+    in_python = run(sys.executable, "-m", "mythos_export.cli", "bench", tiny_bundle, *arguments)
+    tables = [[line.split("|") for line in text.splitlines() if line.startswith("|")] for text in (in_c, in_python)]
+    for column in (1, 4):  # the tests, and bytes a token
+        got, want = ([row[column].strip(" -") for row in table] for table in tables)
+        assert got == want
+    assert [cell.strip() for cell in tables[0][0]] == [cell.strip() for cell in tables[1][0]]
+    for said in ("read bandwidth here ", "peak memory ", "of it weights ", "cache "):
+        assert said in in_c.splitlines()[-1]
     refused = subprocess.run([programs / "bench", tiny_bundle, "-r", "0"], capture_output=True, text=True, check=False)
     assert (refused.returncode, "-r and -b at least 1" in refused.stderr) == (2, True)
 

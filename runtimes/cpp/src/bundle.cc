@@ -119,6 +119,8 @@ Manifest parsed(const fs::path& path) {
       check_members(entry, name, {"size", "sha256"}, {});
       manifest.files[name] = {static_cast<uint64_t>(number(entry, "size")), entry.at("sha256").get<std::string>()};
     }
+    manifest.model = head.at("model").dump();
+    manifest.quantization = head.value("quantization", json()).dump();
     if (head.contains("eos_token_ids")) manifest.eos_token_ids = head.at("eos_token_ids").get<std::vector<int64_t>>();
     if (head.contains("tokenizer") && !head["tokenizer"].is_null()) manifest.tokenizer = head["tokenizer"].get<std::string>();
     return manifest;

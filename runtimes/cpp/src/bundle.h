@@ -41,6 +41,7 @@ struct Manifest {
   std::vector<Graph> graphs;
   std::map<std::string, FileEntry> files;
   std::vector<int64_t> eos_token_ids;
+  std::string model, quantization;  // their descriptions, JSON; "null" where nothing is quantized
   std::string tokenizer;  // file, "" where there is none
 
   // Of the files that a graph's weights lie in.

@@ -8,13 +8,14 @@
 #include <string>
 
 #include "error.h"
+#include "footprint.h"
 #include "generation.h"
 #include "utf8.h"
 
 struct mythos_runner {
   std::unique_ptr<mythos::Backend> backend;
   mythos::MemoryBudget budget;
-  std::vector<int64_t> eos;
+  mythos::Manifest manifest;
   uint64_t weight_bytes;
   mythos::Text text;
 };
@@ -156,7 +157,7 @@ mythos_status mythos_runner_open(const char* bundle, const mythos_options* optio
                  chosen.prefill_chunk ? chosen.prefill_chunk : kChunk, chosen.memory_limit});
     const uint64_t in_memory = manifest.weight_memory(backend->graph()), in_files = manifest.weight_bytes(backend->graph());
     const uint64_t left = chosen.memory_limit ? std::max<uint64_t>(chosen.memory_limit - in_memory, 1) : 0;
-    *runner = new mythos_runner{std::move(backend), mythos::MemoryBudget(left), manifest.eos_token_ids, in_files, std::move(text)};
+    *runner = new mythos_runner{std::move(backend), mythos::MemoryBudget(left), manifest, in_files, std::move(text)};
     return MYTHOS_OK;
   });
 }
@@ -174,6 +175,24 @@ mythos_status mythos_runner_info(const mythos_runner* runner, mythos_info* info)
                          runner->backend->native() ? 1 : 0, runner->backend->name(), runner->text.tokenizer ? 1 : 0,
                          graph.window},
              info, "info");
+    return MYTHOS_OK;
+  });
+}
+
+mythos_status mythos_step_bytes(const mythos_runner* runner, int64_t batch, int64_t tokens, double past_len, int64_t n_loops, double* bytes) {
+  return guarded([&] {
+    need(runner, "runner");
+    need(bytes, "bytes");
+    if (batch < 1 || tokens < 1 || !(past_len >= 0))
+      refuse("batch is " + std::to_string(batch) + ", tokens " + std::to_string(tokens) + " and past_len " + std::to_string(past_len) +
+             "; expected at least 1, 1 and 0");
+    const mythos::Graph& graph = runner->backend->graph();
+    const int64_t loops = n_loops ? n_loops : graph.loops.value_or(graph.default_loops);
+    mythos::check_n_loops(graph, {loops});
+    const auto sequences = static_cast<double>(batch), each = static_cast<double>(tokens);
+    const double rows = graph.window ? std::min(past_len, static_cast<double>(graph.window)) : past_len;
+    *bytes = mythos::weight_bytes_read(runner->manifest, loops, sequences * each) +
+             sequences * (rows + each) * static_cast<double>(graph.slots(loops)) * static_cast<double>(graph.cache_row_size());
     return MYTHOS_OK;
   });
 }
@@ -256,7 +275,8 @@ mythos_status mythos_generate(mythos_runner* runner, const int64_t* const* promp
     plain.sampling = {wanted.temperature, wanted.top_p, wanted.min_p, wanted.repetition_penalty, wanted.top_k};
     plain.seed = wanted.seed;
     add_stops(wanted, runner->text, plain);
-    if (!wanted.ignore_eos) plain.eos.insert(runner->eos.begin(), runner->eos.end());
+    const auto& eos = runner->manifest.eos_token_ids;
+    if (!wanted.ignore_eos) plain.eos.insert(eos.begin(), eos.end());
     plain.n_loops = depths(wanted.n_loops, batch);
     const auto result =
         mythos::generate(*runner->backend, runner->budget, runner->text.tokenizer.get(), rows_of(prompts, lengths, batch), plain,

@@ -26,9 +26,6 @@ void MemoryBudget::take(uint64_t bytes) {
   }
 }
 
-namespace {
-
-// Throws Error for a depth the graph cannot run.
 void check_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops) {
   for (const int64_t value : n_loops) {
     if (graph.loops == 0 && value) refuse("n_loops is " + number(value) + ", but the model has no loop; leave it out");
@@ -40,6 +37,8 @@ void check_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops) {
              ", the bundle's max_loops (export with --max-loops for more)");
   }
 }
+
+namespace {
 
 int64_t trained_loops(const Graph& graph) { return graph.loops.value_or(graph.default_loops); }
 

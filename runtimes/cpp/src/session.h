@@ -66,6 +66,9 @@ class Buffer {
 
 using Rows = std::vector<std::vector<int64_t>>;
 
+// Throws Error for a depth the graph cannot run.
+void check_n_loops(const Graph& graph, const std::vector<int64_t>& n_loops);
+
 class Session {
  public:
   // n_loops: of each row, or empty for the trained depth. tokens: how long the sequences are expected to become. Throws Error.

@@ -92,6 +92,13 @@ MYTHOS_API void mythos_runner_close(mythos_runner* runner);
 /* Fills info, whose size the caller has set. */
 MYTHOS_API mythos_status mythos_runner_info(const mythos_runner* runner, mythos_info* info);
 
+/* Bytes that a step of `tokens` tokens of each of `batch` sequences must read and write: weights (looped ones once a loop; of routed experts
+ * those that the tokens choose in the mean, were every choice as likely), past_len cached tokens of each, which may be a mean, and the
+ * new ones. n_loops: 0 for the trained depth. Decode of few sequences is bound by it: so many bytes over the bandwidth of memory is the
+ * time it takes at least. */
+MYTHOS_API mythos_status mythos_step_bytes(const mythos_runner* runner, int64_t batch, int64_t tokens, double past_len, int64_t n_loops,
+                                           double* bytes);
+
 /* ---- Sequences that grow together, for those who bring their own sampler ---- */
 
 typedef struct mythos_session mythos_session;

@@ -231,6 +231,13 @@ class Runner {
     return std::move(listener.generated);
   }
 
+  // Bytes that a step must read and write; see mythos_step_bytes.
+  double step_bytes(int64_t batch, int64_t tokens, double past_len, int64_t n_loops = 0) const {
+    double bytes = 0;
+    detail::check(mythos_step_bytes(runner_.get(), batch, tokens, past_len, n_loops, &bytes));
+    return bytes;
+  }
+
   // Natural log-probability of every token after the first. n_loops: 0 for the trained depth.
   std::vector<double> score(const Ids& ids, int64_t n_loops = 0) {
     std::vector<double> logprobs(ids.empty() ? 0 : ids.size() - 1);
