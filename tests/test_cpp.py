@@ -111,7 +111,7 @@ def test_bytes_of_a_step_are_pythons(both: tuple[CRunner, Runner]) -> None:
         prefill, decode = (bench.bytes_per_token(in_python, name, workload, loops) for name in ("pp", "tg"))
         assert in_c.step_bytes(batch, 16, 0) / (16 * batch) == pytest.approx(prefill)
         assert in_c.step_bytes(batch, 1, context + 2.5) / batch == pytest.approx(decode)
-    with pytest.raises(CError, match="tokens 0 and past_len 0.000000; expected at least 1"):
+    with pytest.raises(CError, match="tokens 0 and past_len"):
         in_c.step_bytes(1, 0, 0)
 
 
