@@ -49,17 +49,17 @@ class Candidates {
 
   size_t size() const { return left_; }
 
-  // The first n and their total likelihood.
-  First first(size_t n) {
-    while (found_ < n) find_next_band();
-    std::nth_element(at(0), at(n - 1), at(found_), comes_before);
-    return {n, sum(0, n)};
-  }
-
-  // Leaves only those that a function here has just found.
+  // Leaves those of first_with; returns their total likelihood.
   double keep(const First& first) {
     found_ = left_ = first.n;
     return first.likelihood;
+  }
+
+  // Leaves the first n, fewer than there are; returns their total likelihood.
+  double keep(size_t n) {
+    if (found_ < n) find(n);
+    std::nth_element(at(0), at(n - 1), at(found_), comes_before);
+    return keep(First{n, sum(0, n)});
   }
 
   // The fewest, from the first on, whose total likelihood is `enough`; all where it never is.
@@ -111,19 +111,41 @@ class Candidates {
     return (parts[0] + parts[1]) + (parts[2] + parts[3]);
   }
 
+  // Calls found with those whose values are not below least(), by rising id.
+  template <typename Least, typename Found>
+  void for_each(Least least, Found found) {
+    constexpr size_t kBlock = 32;  // most hold none of them
+    for (size_t block = 0; block < values_.size(); block += kBlock) {
+      const size_t end = std::min(block + kBlock, values_.size());
+      const double threshold = least();
+      int64_t within = 0;
+      for (size_t id = block; id < end; ++id) within += values_[id] >= threshold ? 1 : 0;
+      if (!within) continue;
+      for (size_t id = block; id < end; ++id)
+        if (values_[id] >= threshold) found(Ranked{values_[id], static_cast<int64_t>(id)});
+    }
+  }
+
+  // The first n, among others: what cannot be of them is left out from time to time.
+  void find(size_t n) {
+    double threshold = -HUGE_VAL;
+    found_ = 0;
+    for_each([&] { return threshold; }, [&](const Ranked& candidate) {
+      ranked_[found_++] = candidate;
+      if (found_ < 4 * n) return;
+      std::nth_element(at(0), at(n - 1), at(found_), comes_before);
+      threshold = ranked_[n - 1].value;
+      found_ = n;
+    });
+  }
+
   // Those whose values lie in the next range downwards.
   void find_next_band() {
     constexpr double kDepth = 2, kDeepest = -20;  // everything below is one band
     const double above = least_, least = above > 0 ? -kDepth : above > kDeepest ? above - kDepth : -HUGE_VAL;
-    constexpr size_t kBlock = 32;  // most hold none of them
-    for (size_t block = 0; block < values_.size(); block += kBlock) {
-      const size_t end = std::min(block + kBlock, values_.size());
-      int64_t within = 0;
-      for (size_t id = block; id < end; ++id) within += values_[id] >= least ? 1 : 0;
-      if (!within) continue;
-      for (size_t id = block; id < end; ++id)
-        if (values_[id] >= least && values_[id] < above) ranked_[found_++] = {values_[id], static_cast<int64_t>(id)};
-    }
+    for_each([&] { return least; }, [&](const Ranked& candidate) {
+      if (candidate.value < above) ranked_[found_++] = candidate;
+    });
     least_ = least;
   }
 
@@ -140,12 +162,12 @@ int64_t drawn(Scratch& scratch, const Sampling& sampling, double uniform) {
   if (!std::isfinite(total))
     failed("the model's logits are no numbers, so none can be drawn; export the bundle again, and see what `mythos-export verify` says of it");
   Candidates candidates(scratch);
-  if (sampling.top_k && static_cast<size_t>(sampling.top_k) < candidates.size()) total = candidates.keep(candidates.first(static_cast<size_t>(sampling.top_k)));
+  if (sampling.top_k && static_cast<size_t>(sampling.top_k) < candidates.size()) total = candidates.keep(static_cast<size_t>(sampling.top_k));
   if (sampling.top_p < 1)
     total = candidates.keep(candidates.first_with([&, all = total](double reached) { return reached / all >= sampling.top_p; }));
   if (sampling.min_p > 0) {
     const auto likely = std::count_if(scratch.likelihoods.begin(), scratch.likelihoods.end(), [&](double each) { return each >= sampling.min_p; });
-    if (static_cast<size_t>(likely) < candidates.size()) total = candidates.keep(candidates.first(static_cast<size_t>(likely)));
+    if (static_cast<size_t>(likely) < candidates.size()) total = candidates.keep(static_cast<size_t>(likely));
   }
   return candidates.last(candidates.first_with([&](double reached) { return reached > uniform * total; }));
 }
