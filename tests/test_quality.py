@@ -23,7 +23,7 @@ from mythos_export.quantize import quantize_bundle
 from runtimes.errors import InputError, MythosError
 from runtimes.runner import Runner, load
 
-MAX_TOKENS = 12_000
+MAX_TOKENS = 6_000
 VERSES = (
     "ROMEO.\nBut soft, what light through yonder window breaks? It is the east, and Juliet is the sun.\n",
     "MACBETH.\nTomorrow, and tomorrow, and tomorrow, creeps in this petty pace from day to day.\n",
