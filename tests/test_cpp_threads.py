@@ -33,6 +33,6 @@ def test_the_cpp_tests(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_threads_under_thread_sanitizer(tiny_bundle: Path, tmp_path: Path) -> None:
     """Without text, which takes long to build; `make cpp-tsan` has it, and ten minutes."""
     tests = build_tests("tsan", tmp_path, "-DMYTHOS_TEXT=OFF")
-    how = {"TSAN_OPTIONS": f"halt_on_error=1 suppressions={ROOT}/tests/cpp/races.supp", "MYTHOS_TEST_SECONDS": "10"}
+    how = {"TSAN_OPTIONS": f"halt_on_error=1 suppressions={ROOT}/tests/cpp/races.supp", "MYTHOS_TEST_SECONDS": "60"}
     said = run(tests, "--gtest_filter=Header*:Threads*", MYTHOS_TEST_CPP_BUNDLE=str(tiny_bundle), **how, **OPERATORS)
     assert "  PASSED  " in said
