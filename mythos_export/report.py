@@ -64,10 +64,11 @@ def bench_report(report: Report, form: str) -> str:
     if form == "md":
         return table
     environment = report.environment
+    loops = environment["loops"]
     return (
         f"{_where(environment)}; "
         f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['cache_dtype']} cache, "
-        f"{environment['loops']} loops, batch {environment['batch']}\n{table}\n"
+        f"{depth(loops, loops)}, batch {environment['batch']}\n{table}\n"
         f"{kind} bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s; "
         f"{_memory(report)}"
     )
