@@ -74,9 +74,9 @@ class Cache:
     def keep(self, sequences: list[int]) -> None:
         """Goes on with these sequences, in this order; one may be named more than once."""
         capacity = self.rows.shape[2]
-        self._lay_out(sequences, capacity)
+        with self._share.allocating(*self._size(len(sequences), capacity)):
+            self._lay_out(sequences, capacity)
         self.length = self.length[sequences]
-        self._share.resize(*self._size(len(sequences), capacity))
 
     def reserve(self, tokens: int) -> None:
         """Makes room for sequences of so many tokens."""

@@ -26,21 +26,20 @@ STEP = st.lists(st.integers(0, 300), min_size=3, max_size=3)
     window=st.sampled_from([0, 1, 7, 300, 500]),
     tokens=st.sampled_from([0, 1000]),
     dtype=st.sampled_from(["float32", "int8"]),
-    dropped=st.sampled_from([None, 0, 1, 2]),
+    kept=st.sampled_from([[0, 1, 2], [1, 2], [0, 2], [0], [2, 0, 1], [1, 1, 0, 2], [2, 2]]),
 )
 def test_rows_stand_at_their_position_in_the_ring(
-    steps: list[list[int]], window: int, tokens: int, dtype: str, dropped: int | None
+    steps: list[list[int]], window: int, tokens: int, dtype: str, kept: list[int]
 ) -> None:
-    """Sequences of all lengths, chunks longer than the window, one sequence dropped halfway."""
+    """Sequences of all lengths, chunks longer than the window, sequences dropped, turned round and doubled halfway."""
     draw = np.random.default_rng(0)
     cache = Cache(SLOTS, 3, WIDTH, dtype, window=window, tokens=tokens)
     rows, scales = ([np.zeros((SLOTS, 0, *tail)) for _ in range(3)] for tail in ((WIDTH,), ()))
     for at, counts in enumerate(steps):
-        if dropped is not None and at == len(steps) // 2:
-            kept = [b for b in range(3) if b != dropped]
+        if at == len(steps) // 2:
             cache.keep(kept)
             rows, scales = [rows[b] for b in kept], [scales[b] for b in kept]
-        counts = counts[: len(rows)]
+        counts = [*counts, counts[0]][: len(rows)]
         new = draw.integers(-127, 128, (SLOTS, len(rows), max(counts), WIDTH)).astype(dtype)
         new_scales = draw.random(new.shape[:3], dtype=np.float32)
         cache.append(new, new_scales if dtype == "int8" else None, np.array(counts))
@@ -85,6 +84,18 @@ def test_a_budget_is_shared() -> None:
     first.resize(8_000, "one")
     del first
     budget.share().resize(8_000, "two")
+
+
+def test_sequences_are_doubled_within_the_budget_only() -> None:
+    """A prompt that several beams begin with: refused before anything is moved, and usable afterwards."""
+    budget = MemoryBudget(SLOTS * 256 * WIDTH * 4 * 3, 0)
+    cache = Cache(SLOTS, 1, WIDTH, "float32", budget=budget)
+    cache.append(np.ones((SLOTS, 1, 5, WIDTH), dtype=np.float32), None, np.array([5]))
+    with pytest.raises(MemoryLimitError, match=r"a cache of 4 × 256 tokens takes .* would exceed the memory_limit"):
+        cache.keep([0, 0, 0, 0])
+    assert (cache.rows.shape[1], cache.length.tolist()) == (1, [5])
+    cache.keep([0, 0, 0])
+    assert (cache.rows.shape[1], cache.length.tolist(), cache.rows[:, :, :5].min()) == (3, [5, 5, 5], 1)
 
 
 def test_a_memory_limit_is_kept(tiny_bundle: Path) -> None:
