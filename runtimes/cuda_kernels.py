@@ -95,8 +95,8 @@ class ExpertsPart:
         self.file = f"the experts of {call.form}.{call.stage}.{call.part}"
         self._experts = _of_call(call, tokens=0)
         self._experts.workspace, self._experts.workspace_bytes = workspace.address, workspace.size
-        self._names = {field: getattr(call, field) for field in _ADDRESSES if getattr(call, field) is not None}
-        self.names = frozenset(self._names.values())
+        self._fields = {getattr(call, field): field for field in _ADDRESSES if getattr(call, field) is not None}
+        self.names = frozenset(self._fields)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Of an input, for launches to come: the tokens follow from it."""
@@ -105,9 +105,8 @@ class ExpertsPart:
 
     def set_address(self, name: str, address: int) -> None:
         """Of an input, output or weight, for launches to come; other names are ignored."""
-        for field, its_name in self._names.items():
-            if name == its_name:
-                setattr(self._experts, field, address)
+        if name in self._fields:
+            setattr(self._experts, self._fields[name], address)
 
     def enqueue(self, stream: cuda.Stream) -> None:
         """Puts the call on a stream."""
