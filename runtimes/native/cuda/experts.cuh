@@ -43,6 +43,16 @@ class Arena {
 inline uint64_t pairs(const mythos_cuda_experts& e) { return uint64_t(e.tokens) * e.top_k; }
 // Rows of what the experts' first products give: of every chosen pair, then of every shared expert's tokens.
 inline uint64_t inner_rows(const mythos_cuda_experts& e) { return pairs(e) + uint64_t(e.tokens) * e.shared; }
+
+// What kernels are told of a call.
+struct Sizes {
+  int tokens, dim, expert_dim, top_k, routed, shared;
+};
+inline Sizes sizes_of(const mythos_cuda_experts& e) { return {e.tokens, e.dim, e.expert_dim, e.top_k, e.routed, e.shared}; }
+
+// A choice that is none of the experts must not lead outside their stack.
+__device__ __forceinline__ int clamp_expert(int expert, const Sizes& n) { return min(max(expert, 0), n.routed - 1); }
+
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace mythos::cuda

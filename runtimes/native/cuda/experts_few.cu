@@ -15,18 +15,12 @@ constexpr int kOuterRows = 4;       // rows of down that a warp computes at the 
 constexpr int kAhead = 4;           // steps whose loads run at the same time
 constexpr int kSharedBytes = 96 * 1024;
 
-struct Sizes {
-  int tokens, dim, expert_dim, top_k, routed, shared;
-};
-
 template <typename W>
 struct Stacks {
   const W *routed, *shared;
 };
 
-__device__ __forceinline__ int clamp_expert(int expert, const Sizes& n) { return min(max(expert, 0), n.routed - 1); }
-
-// The sum over k of each row times x, a lane's part of it. rows: kRows pointers; x: of kTokens tokens, split as Split says.
+// Adds a lane's part of the sum over k, from first to last, of each row times each token. read: eight numbers of a token, or one.
 // kVector: rows are whole pieces of kEight, aligned.
 template <typename W, int kRows, int kTokens, bool kVector, typename Read>
 __device__ __forceinline__ void add_products(const W* const (&rows)[kRows], int first, int last, Read read, float (&sum)[kRows][kTokens]) {
@@ -197,7 +191,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename W, int kTokens, bool kVector>
 cudaError_t launch(const mythos_cuda_experts& e, cudaStream_t stream) {
-  const Sizes n{e.tokens, e.dim, e.expert_dim, e.top_k, e.routed, e.shared};
+  const Sizes n = sizes_of(e);
   const Stacks<W> gate_up{static_cast<const W*>(e.gate_up_routed), static_cast<const W*>(e.gate_up_shared)};
   const Stacks<W> down{static_cast<const W*>(e.down_routed), static_cast<const W*>(e.down_shared)};
   float* inner = Arena(e.workspace).take<float>(inner_rows(e) * e.expert_dim);

@@ -15,10 +15,6 @@ constexpr int kGroupingThreads = 1024;
 constexpr int kEnoughBlocks = 256;  // for any GPU to be busy
 constexpr int kLeastRows = 16, kMostRows = 128, kMostColumns = 128;  // of a tile
 
-struct Sizes {
-  int tokens, dim, expert_dim, top_k, routed, shared;
-};
-
 // Rows of a tile, and which expert they are for: inner rows first to first + count of all, or of a shared expert's.
 struct Group {
   int expert, first, count;
@@ -70,8 +66,6 @@ Workspace place(const mythos_cuda_experts& e, Arena& arena) {
   w.n_groups = arena.take<int>(1);
   return w;
 }
-
-__device__ __forceinline__ int clamp_expert(int expert, const Sizes& n) { return min(max(expert, 0), n.routed - 1); }
 
 // One block: counts the pairs of each expert, gives every pair an inner row, and every tile its rows.
 __global__ void __launch_bounds__(kGroupingThreads) group_tokens(Sizes n, const int32_t* chosen, int tile_rows, Workspace w) {
@@ -337,7 +331,7 @@ uint64_t many_workspace(const mythos_cuda_experts& e) {
 
 template <typename W>
 cudaError_t launch_many(const mythos_cuda_experts& e, cudaStream_t stream) {
-  const Sizes n{e.tokens, e.dim, e.expert_dim, e.top_k, e.routed, e.shared};
+  const Sizes n = sizes_of(e);
   Arena arena(e.workspace);
   const Workspace w = place(e, arena);
   const int64_t pieces = int64_t(n.tokens) * n.dim / 4;
