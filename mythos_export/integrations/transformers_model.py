@@ -77,7 +77,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
         cls, bundle: str | Path, *, n_loops: int | None = None, **options: Any
     ) -> MythosForCausalLM:
         """Loads a bundle folder. n_loops: depth where a call names none. options: those of `mythos_export.load`: backend, threads,
-        native, engine, max_batch, max_context.
+        native, engine, max_batch, max_context, memory_limit.
 
         The generation_config.json of the checkpoint, where the bundle carries one, gives the defaults of generate(); tokens that
         end a text are those of the bundle (`export --eos`). Raises BundleError and BackendError as load does, InputError for
