@@ -241,31 +241,56 @@ void Widen(CacheType type, const void* from, size_t n, float scale, float* out) 
 }
 
 constexpr size_t kVectors = kPanel / kLanes;  // a panel row
-constexpr size_t kPanelRows = kVectors == 1 ? 12 : kVectors <= 4 ? 6 : 1;
 
-template <size_t R>
-HWY_INLINE void PanelRows(const float* HWY_RESTRICT a, size_t row_stride, size_t k_stride, size_t k,
-                          const float* HWY_RESTRICT b, float* HWY_RESTRICT y) {
-  V acc[R][kVectors];
+// Channels [first, first + n) of R rows of a [R][k] with P panels, b [P][k][kPanel], on top of y [P][y_stride].
+template <size_t R, size_t P>
+HWY_INLINE void PanelBlock(const float* HWY_RESTRICT a, size_t k, size_t first, size_t n, const float* HWY_RESTRICT b,
+                           float* HWY_RESTRICT y, size_t y_stride) {
+  constexpr size_t kWide = P * kVectors;
+  const auto y_at = [&](size_t r, size_t v) { return y + v / kVectors * y_stride + r * kPanel + v % kVectors * kLanes; };
+  V acc[R][kWide];
   for (size_t r = 0; r < R; ++r)
-    for (size_t v = 0; v < kVectors; ++v) acc[r][v] = hn::LoadU(d, y + r * kPanel + v * kLanes);
-  for (size_t at = 0; at < k; ++at) {
-    V bs[kVectors];
-    for (size_t v = 0; v < kVectors; ++v) bs[v] = hn::LoadU(d, b + at * kPanel + v * kLanes);
+    for (size_t v = 0; v < kWide; ++v) acc[r][v] = hn::LoadU(d, y_at(r, v));
+  for (size_t at = first; at < first + n; ++at) {
+    V bs[kWide];
+    for (size_t v = 0; v < kWide; ++v) bs[v] = hn::LoadU(d, b + (v / kVectors * k + at) * kPanel + v % kVectors * kLanes);
     for (size_t r = 0; r < R; ++r) {
-      const V as = hn::Set(d, a[r * row_stride + at * k_stride]);
-      for (size_t v = 0; v < kVectors; ++v) acc[r][v] = hn::MulAdd(as, bs[v], acc[r][v]);
+      const V as = hn::Set(d, a[r * k + at]);
+      for (size_t v = 0; v < kWide; ++v) acc[r][v] = hn::MulAdd(as, bs[v], acc[r][v]);
     }
   }
   for (size_t r = 0; r < R; ++r)
-    for (size_t v = 0; v < kVectors; ++v) hn::StoreU(acc[r][v], d, y + r * kPanel + v * kLanes);
+    for (size_t v = 0; v < kWide; ++v) hn::StoreU(acc[r][v], d, y_at(r, v));
 }
 
-void MatMulPanel(const float* a, size_t row_stride, size_t k_stride, size_t rows, size_t k, const float* b, float* y) {
+// The same of all rows, R at a time.
+template <size_t R, size_t P>
+HWY_INLINE void PanelRows(const float* a, size_t rows, size_t k, size_t first, size_t n, const float* b, float* y) {
   size_t r = 0;
-  for (; r + kPanelRows <= rows; r += kPanelRows) PanelRows<kPanelRows>(a + r * row_stride, row_stride, k_stride, k, b, y + r * kPanel);
-  for (; r + 4 <= rows; r += 4) PanelRows<4>(a + r * row_stride, row_stride, k_stride, k, b, y + r * kPanel);
-  for (; r < rows; ++r) PanelRows<1>(a + r * row_stride, row_stride, k_stride, k, b, y + r * kPanel);
+  for (; r + R <= rows; r += R) PanelBlock<R, P>(a + r * k, k, first, n, b, y + r * kPanel, rows * kPanel);
+  for (; r + 4 <= rows; r += 4) PanelBlock<4, P>(a + r * k, k, first, n, b, y + r * kPanel, rows * kPanel);
+  for (; r < rows; ++r) PanelBlock<1, P>(a + r * k, k, first, n, b, y + r * kPanel, rows * kPanel);
+}
+
+// As many sums at once as registers hold: a number of a is loaded once for all panels of a block.
+void MatMulPanels(const float* a, size_t rows, size_t k, const float* b, size_t panels, float* y) {
+  constexpr size_t kRows = kVectors == 1 ? 12 : kVectors <= 4 ? 6 : 1;
+  constexpr size_t kChannels = 512;  // of a block, so that it stays in the nearest cache
+  for (size_t first = 0; first < k; first += kChannels) {
+    const size_t n = HWY_MIN(kChannels, k - first);
+    const float* from = b;
+    float* to = y;
+    for (size_t left = panels, taken; left > 0; left -= taken, from += taken * k * kPanel, to += taken * rows * kPanel) {
+      if constexpr (kVectors == 1) {
+        taken = left == 3 ? 3 : HWY_MIN(left, size_t{2});
+        if (taken == 3) PanelRows<8, 3>(a, rows, k, first, n, from, to);
+        if (taken == 2) PanelRows<kRows, 2>(a, rows, k, first, n, from, to);
+      } else {
+        taken = 1;
+      }
+      if (taken == 1) PanelRows<kRows, 1>(a, rows, k, first, n, from, to);
+    }
+  }
 }
 
 #include "kernels_quantized-inl.h"
@@ -282,7 +307,7 @@ const Kernels MYTHOS_KERNELS = {
     MYTHOS_STRING(MYTHOS_KERNELS),
     HWY_NAMESPACE::MatMulNT,
     HWY_NAMESPACE::MatMulNN,
-    HWY_NAMESPACE::MatMulPanel,
+    HWY_NAMESPACE::MatMulPanels,
     HWY_NAMESPACE::Quantize,
     HWY_NAMESPACE::QuantizeStatic,
     HWY_NAMESPACE::PackRow,

@@ -78,8 +78,8 @@ struct Kernels {
   // y[m][n] += sum over k of x[m][k] * w[k][n].
   void (*matmul_nn)(const float* x, size_t ldx, size_t m, const float* w, size_t ldw, size_t k, size_t n, float* y,
                     size_t ldy);
-  // y[r][lane] += sum over k of a[r * row_stride + k * k_stride] * b[k][lane], for panels b and y.
-  void (*matmul_panel)(const float* a, size_t row_stride, size_t k_stride, size_t rows, size_t k, const float* b, float* y);
+  // y[panel][rows][kPanel] += sum over k of a[rows][k] * b[panel][k][kPanel].
+  void (*matmul_panels)(const float* a, size_t rows, size_t k, const float* b, size_t panels, float* y);
   // q[k] = round(x / scale), scale[b] = max |x| of block b / 127; nearest, ties to even. A NaN or infinity makes its block's scale so.
   void (*quantize)(const float* x, size_t k, size_t block, int8_t* q, float* scales);
   // q[k] = round(x / scale) within ±127, scales[b] = scale; nearest, ties to even. A NaN makes its block's scale so.

@@ -23,11 +23,11 @@ void MatMulNN(const float* x, size_t ldx, size_t m, const float* w, size_t ldw, 
       for (size_t j = 0; j < n; ++j) y[i * ldy + j] += x[i * ldx + at] * w[at * ldw + j];
 }
 
-void MatMulPanel(const float* a, size_t row_stride, size_t k_stride, size_t rows, size_t k, const float* b, float* y) {
-  for (size_t r = 0; r < rows; ++r)
-    for (size_t at = 0; at < k; ++at)
-      for (size_t lane = 0; lane < kPanel; ++lane)
-        y[r * kPanel + lane] += a[r * row_stride + at * k_stride] * b[at * kPanel + lane];
+void MatMulPanels(const float* a, size_t rows, size_t k, const float* b, size_t panels, float* y) {
+  for (size_t panel = 0; panel < panels; ++panel, b += k * kPanel, y += rows * kPanel)
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t at = 0; at < k; ++at)
+        for (size_t lane = 0; lane < kPanel; ++lane) y[r * kPanel + lane] += a[r * k + at] * b[at * kPanel + lane];
 }
 
 // IEEE 754 binary16, as any processor can read it.
@@ -175,7 +175,7 @@ void RmsNorm(const float* x, const float* weight, size_t n, float epsilon, float
 
 extern const Kernels scalar;
 const Kernels scalar = {
-    "scalar", MatMulNT,   MatMulNN, MatMulPanel, Quantize, QuantizeStatic, PackRow, MatMulQuantized, MatMulQuantizedPanels, 4,
+    "scalar", MatMulNT,   MatMulNN, MatMulPanels, Quantize, QuantizeStatic, PackRow, MatMulQuantized, MatMulQuantizedPanels, 4,
     Biased,   Dequantize, Widen,    Narrow,      Swiglu,   OnlineSoftmax,  Scale,   Axpy,            RmsNorm,
 };
 

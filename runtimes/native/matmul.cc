@@ -82,8 +82,7 @@ void Activations::Multiply(const Matrix& w, size_t first, size_t n, float* out) 
   }
   if (!panels_) return kernels_.matmul_nt(memory_.get(), k_, m_, rows, k_, n, k_, out, n);
   std::fill_n(out, lanes() * n, 0.0f);
-  for (size_t group = 0; group < groups(); ++group)
-    kernels_.matmul_panel(rows, k_, 1, n, k_, memory_.get() + group * kPanel * k_, out + group * n * kPanel);
+  kernels_.matmul_panels(rows, n, k_, memory_.get(), groups(), out);
 }
 
 }  // namespace mythos

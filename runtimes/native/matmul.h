@@ -9,20 +9,20 @@
 
 namespace mythos {
 
-enum class WeightType { kFloat32, kInt8, kInt4, kFloat8 };
+enum class WeightType { kFloat32, kFloat16, kBFloat16, kInt8, kInt4, kFloat8 };  // the 16-bit ones on GPUs alone
 enum class ActivationType { kFloat32, kInt8, kFloat8 };
 
 // Weights [n, k] as they are stored, output channels first: output n is the dot product of row n with the input.
 struct Matrix {
   WeightType type = WeightType::kFloat32;
   const void* values = nullptr;
-  const void* scales = nullptr;  // [n][ceil(k / block)]; none for float32
+  const void* scales = nullptr;  // [n][ceil(k / block)]; none for floats
   bool half_scales = false;
   ActivationType activation_type = ActivationType::kInt8;  // quantized weights only: what their input is rounded to
   float activation_scale = 0.0f;  // of the rounded input; 0, for int8 alone: every block of every token has its own
   size_t n = 0, k = 0, block = 32;
 
-  bool quantized() const { return type != WeightType::kFloat32; }
+  bool quantized() const { return type == WeightType::kInt8 || type == WeightType::kInt4 || type == WeightType::kFloat8; }
   ActivationType rounds_to() const { return quantized() ? activation_type : ActivationType::kFloat32; }
   // Whether products are sums of integers; all others are computed in float.
   bool integer() const {
@@ -39,7 +39,7 @@ struct Matrix {
       one.values = rows().row(index * n);
       one.scales = rows().row_scales(index * n);
     } else {
-      one.values = floats() + index * n * k;
+      one.values = static_cast<const char*>(values) + index * n * k * (type == WeightType::kFloat32 ? sizeof(float) : sizeof(uint16_t));
     }
     return one;
   }
@@ -60,6 +60,7 @@ class Activations {
 
   size_t groups() const { return CeilDiv(m_, kPanel); }
   size_t m() const { return m_; }
+  size_t k() const { return k_; }
   bool panels() const { return panels_; }
   // Numbers a row of results takes for all tokens: a panel is filled up.
   size_t lanes() const { return panels_ ? groups() * kPanel : m_; }
@@ -135,6 +136,23 @@ class Activations {
   QuantizedTokens tokens_{};
   Scratch memory_;
 };
+
+// A group of x's tokens gets rms_norm of the rows [k] that row_of(token) gives.
+template <typename RowOf>
+void FillNormalized(Activations& x, size_t group, const float* norm, float epsilon, const Kernels& kernels, const RowOf& row_of) {
+  x.Fill(group, [&](size_t token, float* scratch) {
+    kernels.rms_norm(row_of(token), norm, x.k(), epsilon, scratch);
+    return scratch;
+  });
+}
+
+// All of x's tokens get rms_norm of `rows` [m, k].
+inline void FillNormalized(Activations& x, const float* rows, const float* norm, float epsilon, const Kernels& kernels,
+                           const Parallel& parallel) {
+  ForEach(parallel, x.groups(), [&](size_t group) {
+    FillNormalized(x, group, norm, epsilon, kernels, [&](size_t token) { return rows + token * x.k(); });
+  });
+}
 
 // Rows of a matrix a task takes: enough bytes to be worth a task, few enough to share them evenly.
 inline size_t RowsATask(const Matrix& w, size_t m) {

@@ -1,8 +1,10 @@
-// Routed and shared SwiGLU experts: tokens grouped by expert, only chosen experts read, work cut by rows of their matrices.
+// Routed and shared SwiGLU experts: tokens grouped by expert, only chosen experts read, work cut by rows of their matrices. Few tokens
+// at a time: what is computed for all of them would take several times the memory of x.
 #include <algorithm>
 #include <cstring>
 #include <deque>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "operators.h"
@@ -11,19 +13,20 @@
 namespace mythos {
 namespace {
 
-// An expert with work to do: its tokens stand at pairs [first, first + count) of the routing, a shared expert's are all.
-struct Busy {
+// Tokens that go through one expert together: of pairs [first, first + count) of the routing, or, where all go there, of
+// themselves.
+struct Piece {
   size_t expert, first, count;
   bool shared;
 };
 
 struct Assignment {
-  std::vector<Busy> experts;
+  std::vector<Piece> pieces;
   std::vector<size_t> token;  // of each pair, grouped by expert
   std::vector<float> weight;  // of each pair
 
-  size_t TokenOf(const Busy& busy, size_t i) const { return busy.shared ? i : token[busy.first + i]; }
-  float WeightOf(const Busy& busy, size_t i) const { return busy.shared ? 1.0f : weight[busy.first + i]; }
+  size_t TokenOf(const Piece& piece, size_t i) const { return piece.shared ? piece.first + i : token[piece.first + i]; }
+  float WeightOf(const Piece& piece, size_t i) const { return piece.shared ? 1.0f : weight[piece.first + i]; }
 };
 
 // logits [T, E].
@@ -41,8 +44,10 @@ Assignment Assign(const MixtureOfExpertsArgs& a, const float* logits) {
   assigned.weight.resize(expert.size());
   std::partial_sum(count.begin(), count.end(), count.begin());
   for (size_t e = 0; e < a.n_routed; ++e)
-    if (count[e + 1] > count[e]) assigned.experts.push_back({e, count[e], count[e + 1] - count[e], false});
-  for (size_t e = 0; e < a.n_shared; ++e) assigned.experts.push_back({a.n_routed + e, 0, a.tokens, true});
+    ForPieces(count[e + 1] - count[e], [&](size_t first, size_t n) { assigned.pieces.push_back({e, count[e] + first, n, false}); });
+  ForPieces(a.tokens, [&](size_t first, size_t n) {
+    for (size_t e = 0; e < a.n_shared; ++e) assigned.pieces.push_back({a.n_routed + e, first, n, true});
+  });
   for (size_t pair = 0; pair < expert.size(); ++pair) {
     const size_t at = count[expert[pair]]++;
     assigned.token[at] = pair / top_k;
@@ -51,77 +56,133 @@ Assignment Assign(const MixtureOfExpertsArgs& a, const float* logits) {
   return assigned;
 }
 
+// normed [T, D] gets rms_norm of x, logits [T, E] the router's.
+void Score(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& parallel, float* normed, float* logits) {
+  const size_t dim = a.router.k;
+  ForPieces(a.tokens, [&](size_t start, size_t count) {
+    Activations x(count, a.router, k);
+    ForEach(parallel, x.groups(), [&](size_t group) {
+      x.Fill(group, [&](size_t token, float*) {
+        float* to = normed + (start + token) * dim;
+        k.rms_norm(a.x + (start + token) * dim, a.norm, dim, a.epsilon, to);
+        return to;
+      });
+    });
+    ForProducts(x, a.router, parallel, [&](size_t token, size_t first, size_t n, const float* values, size_t stride) {
+      float* to = logits + (start + token) * a.n_routed + first;
+      for (size_t i = 0; i < n; ++i) to[i] = values[i * stride];
+    });
+  });
+}
+
+// Pieces that are worked on together: few enough tokens to keep what is computed of them, enough to keep threads busy.
+class Run {
+ public:
+  static constexpr size_t kMostRows = 2 * kMostTokens;
+
+  Run(const MixtureOfExpertsArgs& args, const Assignment& assigned, size_t first, size_t end, const Kernels& kernels,
+      const Parallel& threads)
+      : a(args), assigned_(assigned), k(kernels), parallel(threads), pieces_(assigned.pieces.data() + first), n_(end - first),
+        start_(n_ + 1, 0) {
+    for (size_t i = 0; i < n_; ++i) start_[i + 1] = start_[i] + pieces_[i].count;
+  }
+
+  size_t rows() const { return start_[n_]; }
+
+  // activated [rows, F]; normed [T, D].
+  void Activate(const float* normed, float* activated) const {
+    const size_t hidden = a.down.k;
+    std::deque<Activations> inputs;
+    std::vector<size_t> piece_of, input_of(n_);  // an input's first piece, a piece's input
+    for (size_t i = 0; i < n_; ++i) {
+      if (i == 0 || !SameTokens(pieces_[i - 1], pieces_[i])) {
+        inputs.emplace_back(pieces_[i].count, a.gate_up, k);
+        piece_of.push_back(i);
+      }
+      input_of[i] = inputs.size() - 1;
+    }
+    ForGroups(inputs, [&](size_t input, size_t group) {
+      const Piece& piece = pieces_[piece_of[input]];
+      inputs[input].Fill(group, [&](size_t j, float*) { return normed + assigned_.TokenOf(piece, j) * a.gate_up.k; });
+    });
+    const size_t rows = RowsATask(a.gate_up, a.tokens), tasks = CeilDiv(hidden, rows);
+    ForEach(parallel, n_ * tasks, [&](size_t task) {
+      const size_t i = task / tasks, first = task % tasks * rows;
+      Swiglu(inputs[input_of[i]], a.gate_up.At(pieces_[i].expert), first, std::min(rows, hidden - first), k,
+             activated + start_[i] * hidden);
+    });
+  }
+
+  // y += what the experts make of `activated`, in the order of the pieces.
+  void Add(const float* activated) const {
+    const size_t hidden = a.down.k, dim = a.down.n;
+    std::deque<Activations> inner;
+    for (size_t i = 0; i < n_; ++i) inner.emplace_back(pieces_[i].count, a.down, k);
+    ForGroups(inner, [&](size_t i, size_t group) {
+      inner[i].Fill(group, [&](size_t j, float*) { return activated + (start_[i] + j) * hidden; });
+    });
+    const size_t rows = RowsATask(a.down, a.tokens);
+    ForEach(parallel, CeilDiv(dim, rows), [&](size_t task) {
+      const size_t first = task * rows, n = std::min(rows, dim - first);  // output channels of this task alone
+      for (size_t i = 0; i < n_; ++i) {
+        Scratch out(inner[i].lanes() * n);
+        inner[i].Multiply(a.down.At(pieces_[i].expert), first, n, out.get());
+        for (size_t j = 0; j < pieces_[i].count; ++j) {
+          const float* values = inner[i].Result(out.get(), n, j);
+          const float weight = assigned_.WeightOf(pieces_[i], j);
+          float* y = a.y + assigned_.TokenOf(pieces_[i], j) * dim + first;
+          for (size_t c = 0; c < n; ++c) y[c] += weight * values[c * inner[i].stride()];
+        }
+      }
+    });
+  }
+
+ private:
+  // A single token is the same for all experts.
+  bool SameTokens(const Piece& one, const Piece& other) const {
+    return a.tokens == 1 || (one.shared && other.shared && one.first == other.first);
+  }
+
+  // Calls body(i, group) for every group of tokens of xs[i].
+  template <typename Body>
+  void ForGroups(const std::deque<Activations>& xs, const Body& body) const {
+    std::vector<std::pair<size_t, size_t>> groups;
+    for (size_t i = 0; i < xs.size(); ++i)
+      for (size_t group = 0; group < xs[i].groups(); ++group) groups.emplace_back(i, group);
+    if (a.tokens == 1) {  // not worth another round of the threads
+      for (const auto& [i, group] : groups) body(i, group);
+    } else {
+      ForEach(parallel, groups.size(), [&](size_t task) { body(groups[task].first, groups[task].second); });
+    }
+  }
+
+  const MixtureOfExpertsArgs& a;
+  const Assignment& assigned_;
+  const Kernels& k;
+  const Parallel& parallel;
+  const Piece* pieces_;
+  size_t n_;
+  std::vector<size_t> start_;  // rows of `activated` before each piece's
+};
+
 }  // namespace
 
 void MixtureOfExperts(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& parallel) {
-  const size_t dim = a.down.n, hidden = a.down.k;
+  const size_t dim = a.down.n;
   Scratch normed(a.tokens * dim), logits(a.tokens * a.n_routed);
-  Activations for_router(a.tokens, a.router, k), all(a.tokens, a.gate_up, k);
-  ForEach(parallel, all.groups(), [&](size_t group) {
-    for (size_t t = group * kPanel; t < std::min(a.tokens, (group + 1) * kPanel); ++t)
-      k.rms_norm(a.x + t * dim, a.norm, dim, a.epsilon, normed.get() + t * dim);
-    const auto get = [&](size_t token, float*) { return normed.get() + token * dim; };
-    for_router.Fill(group, get);
-    all.Fill(group, get);
-  });
-  ForProducts(for_router, a.router, parallel, [&](size_t token, size_t first, size_t n, const float* values, size_t stride) {
-    for (size_t i = 0; i < n; ++i) logits.get()[token * a.n_routed + first + i] = values[i * stride];
-  });
+  Score(a, k, parallel, normed.get(), logits.get());
   const Assignment assigned = Assign(a, logits.get());
-
-  // Every busy expert's tokens; a single token is the same for all.
-  const size_t n_busy = assigned.experts.size();
-  std::deque<Activations> gathered;
-  std::vector<Activations*> inputs(n_busy, &all);
-  std::vector<size_t> start(n_busy + 1, 0);  // rows of `activated` before each expert's
-  for (size_t i = 0; i < n_busy; ++i) {
-    const Busy& busy = assigned.experts[i];
-    start[i + 1] = start[i] + busy.count;
-    if (!busy.shared && a.tokens > 1) inputs[i] = &gathered.emplace_back(busy.count, a.gate_up, k);
+  std::memcpy(a.y, a.x, a.tokens * dim * sizeof(float));
+  const std::vector<Piece>& pieces = assigned.pieces;
+  for (size_t first = 0, end; first < pieces.size(); first = end) {
+    size_t rows = 0;
+    for (end = first; end < pieces.size() && (end == first || rows + pieces[end].count <= Run::kMostRows); ++end)
+      rows += pieces[end].count;
+    const Run run(a, assigned, first, end, k, parallel);
+    Scratch activated(run.rows() * a.down.k);
+    run.Activate(normed.get(), activated.get());
+    run.Add(activated.get());
   }
-  if (!gathered.empty())
-    ForEach(parallel, n_busy, [&](size_t i) {
-      const Busy& busy = assigned.experts[i];
-      if (inputs[i] == &all) return;
-      for (size_t group = 0; group < inputs[i]->groups(); ++group)
-        inputs[i]->Fill(group, [&](size_t j, float*) { return normed.get() + assigned.TokenOf(busy, j) * dim; });
-    });
-
-  Scratch activated(start[n_busy] * hidden);
-  const size_t rows = RowsATask(a.gate_up, a.tokens), pieces = CeilDiv(hidden, rows);
-  ForEach(parallel, n_busy * pieces, [&](size_t task) {
-    const size_t i = task / pieces, first = task % pieces * rows;
-    Swiglu(*inputs[i], a.gate_up.At(assigned.experts[i].expert), first, std::min(rows, hidden - first), k,
-           activated.get() + start[i] * hidden);
-  });
-
-  std::deque<Activations> inner;
-  for (const Busy& busy : assigned.experts) inner.emplace_back(busy.count, a.down, k);
-  const auto fill_inner = [&](size_t i) {
-    for (size_t group = 0; group < inner[i].groups(); ++group)
-      inner[i].Fill(group, [&](size_t j, float*) { return activated.get() + (start[i] + j) * hidden; });
-  };
-  if (a.tokens == 1) {  // not worth another round of the threads
-    for (size_t i = 0; i < n_busy; ++i) fill_inner(i);
-  } else {
-    ForEach(parallel, n_busy, fill_inner);
-  }
-  const size_t down_rows = RowsATask(a.down, a.tokens);
-  ForEach(parallel, CeilDiv(dim, down_rows), [&](size_t task) {
-    const size_t first = task * down_rows, n = std::min(down_rows, dim - first);  // output channels of this task alone
-    for (size_t t = 0; t < a.tokens; ++t) std::memcpy(a.y + t * dim + first, a.x + t * dim + first, n * sizeof(float));
-    for (size_t i = 0; i < n_busy; ++i) {
-      const Busy& busy = assigned.experts[i];
-      Scratch out(inner[i].lanes() * n);
-      inner[i].Multiply(a.down.At(busy.expert), first, n, out.get());
-      for (size_t j = 0; j < busy.count; ++j) {
-        const float* values = inner[i].Result(out.get(), n, j);
-        const float weight = assigned.WeightOf(busy, j);
-        float* y = a.y + assigned.TokenOf(busy, j) * dim + first;
-        for (size_t c = 0; c < n; ++c) y[c] += weight * values[c * inner[i].stride()];
-      }
-    }
-  });
 }
 
 }  // namespace mythos

@@ -40,6 +40,16 @@ void ForEach(const Parallel& parallel, size_t n, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// Tokens that are worked on together where what they need in between is large: enough for weights to be read few times, few enough
+// for that memory to be small beside the weights.
+constexpr size_t kMostTokens = 256;
+
+// Calls body(first, count) for tokens [0, n) in turn, at most kMostTokens at a time.
+template <typename Body>
+void ForPieces(size_t n, const Body& body) {
+  for (size_t first = 0; first < n; first += kMostTokens) body(first, n - first < kMostTokens ? n - first : kMostTokens);
+}
+
 inline size_t CeilDiv(size_t a, size_t b) { return (a + b - 1) / b; }
 
 }  // namespace mythos

@@ -1,5 +1,6 @@
 // Random shapes through every operator and instruction set on two threads, each compared with the scalar kernels. Built with
 // sanitizers, and for aarch64, by tests/test_native.py. Dead cache rows hold NaN, so a result that reads one is not finite.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -72,7 +73,8 @@ class Weights {
   Weights(size_t stack, size_t n, size_t k) {
     const size_t numbers = stack * n * k;
     matrix_.n = n, matrix_.k = k, matrix_.block = size_t{32} << Between(0, 2);
-    matrix_.type = static_cast<mythos::WeightType>(Between(0, 3));
+    using Type = mythos::WeightType;
+    matrix_.type = std::array{Type::kFloat32, Type::kInt8, Type::kInt4, Type::kFloat8}[Between(0, 3)];
     const bool four = matrix_.type == mythos::WeightType::kInt4;
     if (matrix_.type == mythos::WeightType::kFloat32 || (four && k % 2 == 1)) {
       matrix_.type = mythos::WeightType::kFloat32;
