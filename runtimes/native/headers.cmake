@@ -42,14 +42,25 @@ function(find_installed)
   find_header(HIGHWAY_INCLUDE_DIR hwy/highway.h "Highway 1.2 or newer")
 endfunction()
 
-function(find_headers)
+# Sets `reason` to why Debian's cannot be had, where any of the variables that follow is not found.
+function(look_for_headers reason)
   find_installed()
-  if(ONNXRUNTIME_INCLUDE_DIR AND HIGHWAY_INCLUDE_DIR)
-    return()
+  set(missing FALSE)
+  foreach(variable IN LISTS ARGN)
+    if(NOT ${variable})
+      set(missing TRUE)
+    endif()
+  endforeach()
+  if(missing)
+    execute_process(COMMAND "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/debian_headers.sh" "${CMAKE_BINARY_DIR}/debian"
+                    OUTPUT_VARIABLE why OUTPUT_STRIP_TRAILING_WHITESPACE)
+    find_installed()
   endif()
-  execute_process(COMMAND "${CMAKE_CURRENT_SOURCE_DIR}/debian_headers.sh" "${CMAKE_BINARY_DIR}/debian"
-                  OUTPUT_VARIABLE reason OUTPUT_STRIP_TRAILING_WHITESPACE)
-  find_installed()
+  set(${reason} "${why}" PARENT_SCOPE)
+endfunction()
+
+function(find_headers)
+  look_for_headers(reason ONNXRUNTIME_INCLUDE_DIR HIGHWAY_INCLUDE_DIR)
   if(NOT ONNXRUNTIME_INCLUDE_DIR OR NOT HIGHWAY_INCLUDE_DIR)
     not_built("found no headers of onnxruntime and of Highway 1.2 or newer, and Debian's cannot be had (${reason}); install \
 libonnxruntime-dev and libhwy-dev, or set ONNXRUNTIME_INCLUDE_DIR and HIGHWAY_INCLUDE_DIR to folders that hold them")

@@ -22,7 +22,9 @@ inline float RowScale(const OrtKernelInfo* info) {
 }
 
 // past_kv [slots, B, C, W], past_len [B] and slot [], with past_scale [slots, B, C] after past_kv where that is int8. A window (0:
-// none) needs its own rows only, so that sequences may be longer than the cache.
+// none) needs its own rows only, so that sequences may be longer than the cache. A device's lengths are not looked at: its kernels read
+// no row that is none.
+template <typename Device>
 struct CacheInputs {
   Input past_kv;
   Cache slot_rows;
@@ -36,7 +38,7 @@ struct CacheInputs {
     capacity = past_kv.dim(2), width = past_kv.dim(3), past_len = lengths.ints();
     Require(past_kv.dim(1) == batch, "past_kv has another batch than the new tokens");
     Require(lengths.size() == batch, "past_len needs one length a sequence");
-    for (size_t b = 0; b < batch; ++b)
+    for (size_t b = 0; b < batch && Device::kReadsLengths; ++b)
       Require(past_len[b] >= 0 && (static_cast<size_t>(past_len[b]) <= capacity || (window > 0 && capacity + 1 >= window)),
               "past_len is negative, or beyond the cache's capacity where that is less than the window");
     const int64_t index = slot.ints()[0];
@@ -55,11 +57,13 @@ struct CacheInputs {
   }
 };
 
+template <typename Device>
 struct LatentAttentionKernel {
+  Device device;
   WeightForm form;
   float scale, epsilon, row_scale;
   LatentAttentionKernel(const OrtKernelInfo* info, bool quantized)
-      : form(info, quantized), scale(Attribute<float>(info, "scale")), epsilon(Attribute<float>(info, "epsilon")),
+      : device(info), form(info, quantized), scale(Attribute<float>(info, "scale")), epsilon(Attribute<float>(info, "epsilon")),
         row_scale(RowScale(info)) {}
 
   void Compute(OrtKernelContext* context) const {
@@ -71,7 +75,7 @@ struct LatentAttentionKernel {
     a.w_uv = form.Read(in, &heads_uv);
     const Input cos = in.Next(), sin = in.Next();
     a.batch = q.dim(0), a.seq = q.dim(1), a.nope = a.w_uk.k, a.rank = a.w_uk.n, a.v_head_dim = a.w_uv.n;
-    const CacheInputs cache(in, a.batch);
+    const CacheInputs<Device> cache(in, a.batch);
     form.ReadActivationScales(in, {&a.w_uk, &a.w_uv});
     Require(kv.dim(2) > a.rank && kv.dim(2) == cache.width && kv_norm.size() == a.rank, "kv does not fit w_uk and past_kv");
     a.rope = kv.dim(2) - a.rank, a.capacity = cache.capacity;
@@ -82,15 +86,18 @@ struct LatentAttentionKernel {
     a.past = cache.slot_rows, a.past_len = cache.past_len;
     a.y = OutputLike(context, 0, q, a.n_heads * a.v_head_dim);
     a.new_kv = cache.Rows(context, 1, q, row_scale);
-    if (a.batch * a.seq > 0) LatentAttention(a, CurrentKernels(), HostThreads(context));
+    if (a.batch * a.seq > 0) device.Run(a, context);
   }
 };
 
+template <typename Device>
 struct GroupedQueryAttentionKernel {
+  Device device;
   int64_t n_heads, n_kv_heads, window;
   float scale, row_scale;
   GroupedQueryAttentionKernel(const OrtKernelInfo* info, bool)
-      : n_heads(Attribute<int64_t>(info, "n_heads")),
+      : device(info),
+        n_heads(Attribute<int64_t>(info, "n_heads")),
         n_kv_heads(Attribute<int64_t>(info, "n_kv_heads")),
         window(Attribute<int64_t>(info, "window")),
         scale(Attribute<float>(info, "scale")),
@@ -107,7 +114,7 @@ struct GroupedQueryAttentionKernel {
     a.n_heads = static_cast<size_t>(n_heads), a.n_kv_heads = static_cast<size_t>(n_kv_heads);
     a.window = static_cast<size_t>(window);
     a.head_dim = qkv.dim(2) / (a.n_heads + 2 * a.n_kv_heads);
-    const CacheInputs cache(in, a.batch, a.window);
+    const CacheInputs<Device> cache(in, a.batch, a.window);
     Require(cache.width == 2 * a.n_kv_heads * a.head_dim, "past_kv does not fit qkv");
     Require(cos.back(0) * 2 == a.head_dim && sin.back(0) * 2 == a.head_dim, "cos and sin do not fit qkv");
     a.scale = scale, a.capacity = cache.capacity;
@@ -115,7 +122,7 @@ struct GroupedQueryAttentionKernel {
     a.past = cache.slot_rows, a.past_len = cache.past_len;
     a.y = OutputLike(context, 0, qkv, a.n_heads * a.head_dim);
     a.new_kv = cache.Rows(context, 1, qkv, row_scale);
-    if (a.batch * a.seq > 0) GroupedQueryAttention(a, CurrentKernels(), HostThreads(context));
+    if (a.batch * a.seq > 0) device.Run(a, context);
   }
 };
 

@@ -4,11 +4,13 @@
 
 namespace mythos::onnxruntime {
 
+template <typename Device>
 struct NormalizedLinearKernel {
+  Device device;
   WeightForm form;
   float epsilon;
   NormalizedLinearKernel(const OrtKernelInfo* info, bool quantized)
-      : form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {}
+      : device(info), form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {}
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
@@ -17,13 +19,15 @@ struct NormalizedLinearKernel {
     form.ReadActivationScales(in, {&a.weight});
     Require(x.back(0) == a.weight.k && norm.size() == a.weight.k, "x and norm do not fit weight");
     a.y = OutputLike(context, 0, x, a.weight.n);
-    if (a.tokens > 0) NormalizedLinear(a, CurrentKernels(), HostThreads(context));
+    if (a.tokens > 0) device.Run(a, context);
   }
 };
 
+template <typename Device>
 struct ResidualLinearKernel {
+  Device device;
   WeightForm form;
-  ResidualLinearKernel(const OrtKernelInfo* info, bool quantized) : form(info, quantized) {}
+  ResidualLinearKernel(const OrtKernelInfo* info, bool quantized) : device(info), form(info, quantized) {}
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
@@ -33,15 +37,17 @@ struct ResidualLinearKernel {
     Require(x.back(0) == a.weight.k && residual.back(0) == a.weight.n && residual.rows() == a.tokens,
             "x and residual do not fit weight");
     a.y = OutputLike(context, 0, residual, a.weight.n);
-    if (a.tokens > 0) ResidualLinear(a, CurrentKernels(), HostThreads(context));
+    if (a.tokens > 0) device.Run(a, context);
   }
 };
 
+template <typename Device>
 struct FeedForwardKernel {
+  Device device;
   WeightForm form;
   float epsilon;
   FeedForwardKernel(const OrtKernelInfo* info, bool quantized)
-      : form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {}
+      : device(info), form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {}
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
@@ -51,16 +57,18 @@ struct FeedForwardKernel {
     Require(x.back(0) == a.gate_up.k && norm.size() == a.gate_up.k && a.down.n == a.gate_up.k && a.gate_up.n == 2 * a.down.k,
             "x, norm, gate_up and down do not fit each other");
     a.y = OutputLike(context, 0, x, a.down.n);
-    if (a.tokens > 0) FeedForward(a, CurrentKernels(), HostThreads(context));
+    if (a.tokens > 0) device.Run(a, context);
   }
 };
 
+template <typename Device>
 struct MixtureOfExpertsKernel {
+  Device device;
   WeightForm form;
   Routing routing;
   float epsilon;
   MixtureOfExpertsKernel(const OrtKernelInfo* info, bool quantized)
-      : form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {
+      : device(info), form(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {
     routing.top_k = Count(Attribute<int64_t>(info, "top_k"), "top_k");
     // Bundles of earlier versions have none of these.
     routing.sigmoid = Attribute<int64_t>(info, "scoring", 0) != 0;
@@ -98,7 +106,7 @@ struct MixtureOfExpertsKernel {
     a.x = x.floats(), a.norm = norm.floats(), a.router_bias = router_bias.floats();
     a.router.values = router.data(), a.router.n = a.n_routed, a.router.k = dim;
     a.y = OutputLike(context, 0, x, dim);
-    if (a.tokens > 0) MixtureOfExperts(a, CurrentKernels(), HostThreads(context));
+    if (a.tokens > 0) device.Run(a, context);
   }
 };
 
@@ -108,9 +116,11 @@ inline const float* TableRow(const Input& table, int64_t loop, size_t n) {
   return table.floats() + static_cast<size_t>(loop) * n;
 }
 
+template <typename Device>
 struct RecurrentInputKernel {
+  Device device;
   float epsilon;
-  RecurrentInputKernel(const OrtKernelInfo* info, bool) : epsilon(Attribute<float>(info, "epsilon")) {}
+  RecurrentInputKernel(const OrtKernelInfo* info, bool) : device(info), epsilon(Attribute<float>(info, "epsilon")) {}
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
@@ -119,13 +129,15 @@ struct RecurrentInputKernel {
     Require(e.size() == h.size() && norm.size() == dim, "h, e and norm do not fit each other");
     RecurrentInputArgs a{h.rows(), dim, epsilon, h.floats(), e.floats(), TableRow(loop_signal, loop.ints()[0], dim),
                          norm.floats(), OutputLike(context, 0, h, dim)};
-    if (a.tokens > 0) RecurrentInput(a, CurrentKernels(), HostThreads(context));
+    if (a.tokens > 0) device.Run(a, context);
   }
 };
 
+template <typename Device>
 struct RecurrentUpdateKernel {
+  Device device;
   float act_threshold;
-  RecurrentUpdateKernel(const OrtKernelInfo* info, bool) : act_threshold(Attribute<float>(info, "act_threshold")) {}
+  RecurrentUpdateKernel(const OrtKernelInfo* info, bool) : device(info), act_threshold(Attribute<float>(info, "act_threshold")) {}
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
@@ -150,7 +162,7 @@ struct RecurrentUpdateKernel {
     a.next_halted_mass = OutputLike(context, 2, x, 1);
     const int64_t shape[] = {x.shape()[0], x.shape()[1], 1};
     a.next_exit_loop = Output<int64_t>(context, 3, shape, 3);
-    if (tokens > 0) RecurrentUpdate(a, CurrentKernels(), HostThreads(context));
+    if (tokens > 0) device.Run(a, context);
   }
 };
 

@@ -1,4 +1,4 @@
-// What the operators' kernels need of onnxruntime: tensors in and out, attributes, threads.
+// What the operators' kernels need of onnxruntime on any device: tensors in and out, attributes.
 #pragma once
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
@@ -22,13 +22,6 @@ constexpr Type kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kHalf = ONNX_TENSOR
 
 inline void Require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(std::string("ai.mythos: ") + what);
-}
-
-inline Parallel HostThreads(OrtKernelContext* context) {
-  return {context, [](void* host, void (*task)(void*, size_t), size_t n, void* data) {
-            // As many batches as tasks: threads take them as they come, so a slow one holds nobody up.
-            Ort::KernelContext(static_cast<OrtKernelContext*>(host)).ParallelFor(task, n, n, data);
-          }};
 }
 
 // An input and its shape, without a heap allocation of our own.
@@ -136,7 +129,10 @@ struct WeightForm {
     w.values = values.data();
     w.n = values.back(1), w.k = values.back(0);
     if (count != nullptr) *count = values.rows() / std::max<size_t>(1, w.n);
-    if (!quantized) return w;
+    if (!quantized) {
+      w.type = values.type() == kHalf ? WeightType::kFloat16 : values.type() == kBFloat16 ? WeightType::kBFloat16 : WeightType::kFloat32;
+      return w;
+    }
     const Input scales = in.Next();
     w.scales = scales.data();
     w.half_scales = scales.type() == kHalf;

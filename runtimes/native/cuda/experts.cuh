@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include "mythos_cuda.h"
+#include "quantized.cuh"
 
 namespace mythos::cuda {
 
@@ -14,11 +15,14 @@ namespace mythos::cuda {
 bool is_few(const mythos_cuda_experts& experts);
 
 uint64_t few_workspace(const mythos_cuda_experts& experts);
+uint64_t few_quantized_workspace(const mythos_cuda_experts& experts);
 uint64_t many_workspace(const mythos_cuda_experts& experts);
 
 template <typename W>
 cudaError_t launch_few(const mythos_cuda_experts& experts, cudaStream_t stream);
-template <typename W>
+cudaError_t launch_few_quantized(const mythos_cuda_experts& experts, cudaStream_t stream);
+// Stored: a float type, or how quantized weights are stored.
+template <typename Stored>
 cudaError_t launch_many(const mythos_cuda_experts& experts, cudaStream_t stream);
 
 // A block of memory given out from the start, in aligned pieces.

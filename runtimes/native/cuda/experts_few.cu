@@ -1,169 +1,116 @@
-// Experts on few tokens: the time is that of reading the chosen experts once, so a warp reads whole rows and nothing else counts.
+// Experts on few tokens: the time is that of reading the chosen experts once.
 //
 // A pair is a token and one of its experts. Shape letters: T tokens, D dim, E routed experts, S shared experts, K top_k,
 // F expert_dim.
+#include <algorithm>
+#include <utility>
+
 #include "experts.cuh"
-#include "numbers.cuh"
+#include "launch.cuh"
+#include "rows.cuh"
 
 namespace mythos::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kStep = 32 * kEight;  // numbers of a row that a warp reads at a time
-constexpr int kInnerRows = 4;       // rows of gate, and of up, that a warp computes one after another
-constexpr int kOuterRows = 4;       // rows of down that a warp computes at the same time
-constexpr int kAhead = 4;           // steps whose loads run at the same time
+constexpr int kMostInnerRows = 4;  // rows of gate, and of up, that a warp computes one after another
+constexpr int kWantedBlocks = 264;
+constexpr int kOuterRows = 4;  // rows of down that a warp computes at the same time
 constexpr int kSharedBytes = 96 * 1024;
+constexpr int kPrefetched = 32 * 1024;  // bytes of the shared experts that a block asks for while it waits
+
+struct Tokens {
+  const float *values, *norm;
+  float epsilon;
+};
 
 template <typename W>
 struct Stacks {
   const W *routed, *shared;
 };
 
-// Adds a lane's part of the sum over k, from first to last, of each row times each token. read: eight numbers of a token, or one.
-// kVector: rows are whole pieces of kEight, aligned.
-template <typename W, int kRows, int kTokens, bool kVector, typename Read>
-__device__ __forceinline__ void add_products(const W* const (&rows)[kRows], int first, int last, Read read, float (&sum)[kRows][kTokens]) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (kVector) {
-    constexpr int kSteps = kRows >= 4 ? 2 : kAhead;
-    int k = first + lane * kEight;
-    for (; k + (kSteps - 1) * kStep < last; k += kSteps * kStep) {
-      Eight<W> loaded[kSteps][kRows];
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) loaded[step][row].load(rows[row] + k + step * kStep);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        float x[kTokens][kEight];
-#pragma unroll
-        for (int token = 0; token < kTokens; ++token) read(token, k + step * kStep, x[token]);
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          float w[kEight];
-          loaded[step][row].unpack(w);
-#pragma unroll
-          for (int token = 0; token < kTokens; ++token)
-#pragma unroll
-            for (int i = 0; i < kEight; ++i) sum[row][token] = fmaf(w[i], x[token][i], sum[row][token]);
-        }
-      }
-    }
-    for (; k < last; k += kStep) {
-      Eight<W> loaded[kRows];
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) loaded[row].load(rows[row] + k);
-#pragma unroll
-      for (int token = 0; token < kTokens; ++token) {
-        float x[kEight];
-        read(token, k, x);
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          float w[kEight];
-          loaded[row].unpack(w);
-#pragma unroll
-          for (int i = 0; i < kEight; ++i) sum[row][token] = fmaf(w[i], x[i], sum[row][token]);
-        }
-      }
-    }
-  } else {
-    for (int k = first + lane; k < last; k += 32)
-#pragma unroll
-      for (int token = 0; token < kTokens; ++token) {
-        const float x = read(token, k);
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) sum[row][token] = fmaf(to_float(rows[row][k]), x, sum[row][token]);
-      }
-  }
-}
-
-// Tokens in shared memory, each as its numbers 0 to 3 of every eight, then 4 to 7: lanes read without conflicts.
-struct SharedTokens {
-  const float4* values;
-  int pieces;  // of eight numbers a token
-
-  __device__ __forceinline__ void operator()(int token, int k, float (&x)[kEight]) const {
-    const float4 low = values[2 * token * pieces + k / kEight], high = values[(2 * token + 1) * pieces + k / kEight];
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-  }
-  __device__ __forceinline__ float operator()(int token, int k) const {
-    const float* half = reinterpret_cast<const float*>(values + (2 * token + k % kEight / 4) * pieces + k / kEight);
-    return half[k % 4];
-  }
-};
-
 // silu(gate . x) * (up . x) of kTokens tokens, for the rows of F of this block's second dimension.
-template <typename W, int kTokens, bool kVector>
-__device__ __forceinline__ void inner_rows_of(const W* gate_up, const SharedTokens& x, const Sizes& n, float* const (&out)[kTokens]) {
+template <typename W, int kTokens, int kPiece>
+__device__ __forceinline__ void inner_rows_of(const W* gate_up, const Tokens& tokens, const SharedTokens<kTokens, kPiece>& x, const Sizes& n,
+                                              int rows_of_warp, float* const (&out)[kTokens]) {
   const int warp = threadIdx.x / 32;
-  for (int i = 0; i < kInnerRows; ++i) {
-    const int f = (blockIdx.y * kWarps + warp) * kInnerRows + i;
+#pragma unroll 1
+  for (int i = 0; i < rows_of_warp; ++i) {
+    const int f = (blockIdx.y * kRowWarps + warp) * rows_of_warp + i;
     if (f >= n.expert_dim) return;
     const W* const rows[2] = {gate_up + int64_t(f) * n.dim, gate_up + int64_t(n.expert_dim + f) * n.dim};
     float sum[2][kTokens] = {};
-    add_products<W, 2, kTokens, kVector>(rows, 0, n.dim, x, sum);
+    add_products<W, 2, kTokens, kPiece>(rows, 0, n.dim, x, sum);
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
       const float gate = sum_of_warp(sum[0][token]), up = sum_of_warp(sum[1][token]);
-      if (threadIdx.x % 32 == 0 && out[token] != nullptr) out[token][f] = silu(gate) * up;
+      if (threadIdx.x % 32 != 0 || out[token] == nullptr) continue;
+      const float factor = x.factor(token, tokens.norm, tokens.epsilon);
+      out[token][f] = silu(gate * factor) * (up * factor);
     }
   }
 }
 
 // inner [TK + TS, F]. Blocks: (pairs of routed experts, then each shared expert's tokens, kTokens at a time; rows of F).
-template <typename W, int kTokens, bool kVector>
-__global__ void __launch_bounds__(kThreads) inner_few(Sizes n, const float* normed, const int32_t* chosen, Stacks<W> gate_up, float* inner) {
-  extern __shared__ float4 tokens[];
+template <typename W, int kTokens, int kPiece>
+__global__ void __launch_bounds__(kRowThreads) inner_few(Sizes n, Tokens tokens, const int32_t* chosen, Stacks<W> gate_up, int rows_of_warp, float* inner) {
+  extern __shared__ float4 memory[];
   const int pairs = n.tokens * n.top_k, pair = blockIdx.x;
   const bool routed = pair < pairs;
   const int passes = (n.tokens + kTokens - 1) / kTokens;
   const int shared = routed ? 0 : (pair - pairs) / passes;
+  if (!routed) {
+    const W* stack = gate_up.shared + int64_t(shared) * 2 * n.expert_dim * n.dim;
+    const int f0 = blockIdx.y * kRowWarps * rows_of_warp;
+    const int rows = min(min(kPrefetched / int(n.dim * sizeof(W)) / 2, kRowWarps * rows_of_warp), n.expert_dim - f0);
+    prefetch(stack + int64_t(f0) * n.dim, int64_t(rows) * n.dim * sizeof(W));
+    prefetch(stack + int64_t(n.expert_dim + f0) * n.dim, int64_t(rows) * n.dim * sizeof(W));
+  }
+  wait_for_previous();
   const int first = routed ? pair / n.top_k : (pair - pairs) % passes * kTokens;
   const int count = routed ? 1 : min(kTokens, n.tokens - first);
-  const int pieces = (n.dim + kEight - 1) / kEight;
-  for (int at = threadIdx.x; at < count * pieces * kEight; at += kThreads) {
-    const int token = at / (pieces * kEight), k = at % (pieces * kEight);
-    reinterpret_cast<float*>(tokens + (2 * token + k % kEight / 4) * pieces + k / kEight)[k % 4] =
-        k < n.dim ? normed[int64_t(first + token) * n.dim + k] : 0.0f;
-  }
-  __syncthreads();
+  const float* values = tokens.values + int64_t(first) * n.dim;
   const int64_t size = int64_t(2) * n.expert_dim * n.dim;
-  const SharedTokens x{tokens, pieces};
-  if (routed) {
+  const auto run = [&](auto most, const W* matrices, auto&& out) {
+    constexpr int kMost = decltype(most)::value;
+    const SharedTokens<kMost, kPiece> x(memory, n.dim);
+    x.fill(values, count, tokens.norm);
+    __syncthreads();
+    inner_rows_of<W, kMost, kPiece>(matrices, tokens, x, n, rows_of_warp, out);
+  };
+  using One = std::integral_constant<int, 1>;
+  if constexpr (kTokens == 1) {
+    const int64_t row = routed ? pair : int64_t(pairs) + int64_t(shared) * n.tokens + first;
+    float* const out[1] = {inner + row * n.expert_dim};
+    run(One(), routed ? gate_up.routed + clamp_expert(chosen[pair], n) * size : gate_up.shared + shared * size, out);
+  } else if (routed) {
     float* const out[1] = {inner + int64_t(pair) * n.expert_dim};
-    inner_rows_of<W, 1, kVector>(gate_up.routed + clamp_expert(chosen[pair], n) * size, x, n, out);
+    run(One(), gate_up.routed + clamp_expert(chosen[pair], n) * size, out);
   } else {
     float* out[kTokens];
 #pragma unroll
     for (int token = 0; token < kTokens; ++token)
       out[token] = token < count ? inner + (int64_t(pairs) + int64_t(shared) * n.tokens + first + token) * n.expert_dim : nullptr;
-    inner_rows_of<W, kTokens, kVector>(gate_up.shared + shared * size, x, n, out);
+    run(std::integral_constant<int, kTokens>(), gate_up.shared + shared * size, out);
   }
 }
 
-struct InnerRow {
-  const float* values;
-
-  __device__ __forceinline__ void operator()(int, int k, float (&x)[kEight]) const {
-    const float4 low = *reinterpret_cast<const float4*>(values + k), high = *reinterpret_cast<const float4*>(values + k + 4);
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-  }
-  __device__ __forceinline__ float operator()(int, int k) const { return values[k]; }
-};
-
-// mixed [T, D]: blocks are (tokens, kOuterRows rows of D). Warps share the halves of F of a token's experts out among themselves; the
-// sum over experts has one order.
-template <typename W, bool kVector>
-__global__ void __launch_bounds__(kThreads)
-    outer_few(Sizes n, const int32_t* chosen, const float* weight, Stacks<W> down, const float* inner, float* mixed) {
-  extern __shared__ float partial[];  // [experts of a token, 2, kOuterRows]
+// mixed [T, D]: blocks are (tokens, kOuterRows rows of D). Warps share `parts` parts of F of each of a token's experts out among
+// themselves; the sum over all has one order.
+template <typename W, int kPiece>
+__global__ void __launch_bounds__(kRowThreads)
+    outer_few(Sizes n, const int32_t* chosen, const float* weight, Stacks<W> down, const float* inner, const float* residual,
+              int parts, float* mixed) {
+  extern __shared__ float partial[];  // [experts of a token, parts, kOuterRows]
+  constexpr int kStep = 32 * kPiece;
+  for (int shared = 0; shared < min(n.shared, kPrefetched / int(kOuterRows * n.expert_dim * sizeof(W))); ++shared)
+    prefetch(down.shared + (int64_t(shared) * n.dim + blockIdx.y * kOuterRows) * n.expert_dim,
+             int64_t(min(kOuterRows, n.dim - int(blockIdx.y) * kOuterRows)) * n.expert_dim * sizeof(W));
+  wait_for_previous();
   const int token = blockIdx.x, d0 = blockIdx.y * kOuterRows, warp = threadIdx.x / 32;
-  const int experts = n.top_k + n.shared, half = (n.expert_dim / 2 + kStep - 1) / kStep * kStep;
-  for (int item = warp; item < 2 * experts; item += kWarps) {
-    const int slot = item / 2, pair = token * n.top_k + slot;
+  const int experts = n.top_k + n.shared, of_part = (n.expert_dim / parts + kStep - 1) / kStep * kStep;
+#pragma unroll 1
+  for (int item = warp; item < parts * experts; item += kRowWarps) {
+    const int slot = item / parts, from = min(item % parts * of_part, n.expert_dim), pair = token * n.top_k + slot;
     const bool routed = slot < n.top_k;
     const int expert = routed ? clamp_expert(chosen[pair], n) : slot - n.top_k;
     const W* stack = (routed ? down.routed : down.shared) + int64_t(expert) * n.dim * n.expert_dim;
@@ -172,8 +119,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kOuterRows; ++i) rows[i] = stack + int64_t(min(d0 + i, n.dim - 1)) * n.expert_dim;
     float sum[kOuterRows][1] = {};
-    const InnerRow x{inner + row * n.expert_dim};
-    add_products<W, kOuterRows, 1, kVector>(rows, item % 2 ? min(half, n.expert_dim) : 0, item % 2 ? n.expert_dim : min(half, n.expert_dim), x, sum);
+    const GlobalToken<kPiece> x{inner + row * n.expert_dim};
+    add_products<W, kOuterRows, 1, kPiece>(rows, from, (item + 1) % parts == 0 ? n.expert_dim : min(from + of_part, n.expert_dim), x, sum);
     const float scale = routed ? weight[pair] : 1.0f;
 #pragma unroll
     for (int i = 0; i < kOuterRows; ++i) {
@@ -183,35 +130,41 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (threadIdx.x < kOuterRows && d0 + threadIdx.x < n.dim) {
+    const int64_t at = int64_t(token) * n.dim + d0 + threadIdx.x;
     float total = 0.0f;
-    for (int item = 0; item < 2 * experts; ++item) total += partial[item * kOuterRows + threadIdx.x];
-    mixed[int64_t(token) * n.dim + d0 + threadIdx.x] = total;
+#pragma unroll 1
+    for (int item = 0; item < parts * experts; ++item) total += partial[item * kOuterRows + threadIdx.x];
+    mixed[at] = residual != nullptr ? residual[at] + total : total;
   }
 }
 
-template <typename W, int kTokens, bool kVector>
-cudaError_t launch(const mythos_cuda_experts& e, cudaStream_t stream) {
-  const Sizes n = sizes_of(e);
+template <typename W, int kTokens, int kPiece>
+cudaError_t launch_inner(const mythos_cuda_experts& e, const Sizes& n, float* inner, cudaStream_t stream) {
   const Stacks<W> gate_up{static_cast<const W*>(e.gate_up_routed), static_cast<const W*>(e.gate_up_shared)};
-  const Stacks<W> down{static_cast<const W*>(e.down_routed), static_cast<const W*>(e.down_shared)};
-  float* inner = Arena(e.workspace).take<float>(inner_rows(e) * e.expert_dim);
-  const int tokens_bytes = kTokens * 2 * ceil_div(e.dim, kEight) * int(sizeof(float4));
-  if (tokens_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(inner_few<W, kTokens, kVector>, cudaFuncAttributeMaxDynamicSharedMemorySize, tokens_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  const dim3 inner_grid(pairs(e) + e.shared * ceil_div(e.tokens, kTokens), ceil_div(e.expert_dim, kWarps * kInnerRows));
-  inner_few<W, kTokens, kVector><<<inner_grid, kThreads, tokens_bytes, stream>>>(n, e.normed, e.chosen, gate_up, inner);
-  const dim3 outer_grid(e.tokens, ceil_div(e.dim, kOuterRows));
-  const int partial_bytes = (e.top_k + e.shared) * 2 * kOuterRows * int(sizeof(float));
-  outer_few<W, kVector><<<outer_grid, kThreads, partial_bytes, stream>>>(n, e.chosen, e.weight, down, inner, e.mixed);
-  return cudaGetLastError();
+  const size_t bytes = SharedTokens<kTokens, kPiece>::bytes(e.dim);
+  const int items = pairs(e) + e.shared * ceil_div(e.tokens, kTokens), row_blocks = ceil_div(e.expert_dim, kRowWarps);
+  const int rows_of_warp = std::max(1, std::min(kMostInnerRows, items * row_blocks / kWantedBlocks));
+  const Tokens tokens{e.normed, e.norm, e.epsilon};
+  return launch_kernel(inner_few<W, kTokens, kPiece>, dim3(items, ceil_div(row_blocks, rows_of_warp)), kRowThreads, bytes, stream, n, tokens,
+                       e.chosen, gate_up, rows_of_warp, inner);
 }
 
-template <typename W, int kTokens>
-cudaError_t launch_aligned(const mythos_cuda_experts& e, cudaStream_t stream) {
-  const bool vector = e.dim % kEight == 0 && e.expert_dim % kEight == 0;
-  return vector ? launch<W, kTokens, true>(e, stream) : launch<W, kTokens, false>(e, stream);
+template <typename W, int kPiece>
+cudaError_t launch_outer(const mythos_cuda_experts& e, const Sizes& n, const float* inner, cudaStream_t stream) {
+  const Stacks<W> down{static_cast<const W*>(e.down_routed), static_cast<const W*>(e.down_shared)};
+  const dim3 blocks(e.tokens, ceil_div(e.dim, kOuterRows));
+  const int experts = e.top_k + e.shared, parts = experts >= kRowWarps / 2 ? 2 : ceil_div(kRowWarps, experts);
+  const size_t bytes = experts * parts * kOuterRows * sizeof(float);
+  return launch_kernel(outer_few<W, kPiece>, blocks, kRowThreads, bytes, stream, n, e.chosen, e.weight, down, inner, e.residual, parts,
+                       e.mixed);
+}
+
+template <typename W, int kPiece>
+cudaError_t launch_inner(const mythos_cuda_experts& e, const Sizes& n, float* inner, cudaStream_t stream) {
+  // As many at a time as shared memory holds on every GPU.
+  if (e.tokens >= 4 && SharedTokens<4, kPiece>::bytes(e.dim) <= kSharedBytes) return launch_inner<W, 4, kPiece>(e, n, inner, stream);
+  if (e.tokens >= 2 && SharedTokens<2, kPiece>::bytes(e.dim) <= kSharedBytes) return launch_inner<W, 2, kPiece>(e, n, inner, stream);
+  return launch_inner<W, 1, kPiece>(e, n, inner, stream);
 }
 
 }  // namespace
@@ -224,10 +177,11 @@ uint64_t few_workspace(const mythos_cuda_experts& e) {
 
 template <typename W>
 cudaError_t launch_few(const mythos_cuda_experts& e, cudaStream_t stream) {
-  // As many at a time as shared memory holds on every GPU.
-  const int fit = kSharedBytes / (ceil_div(e.dim, kEight) * kEight * int(sizeof(float)));
-  if (e.tokens >= 4 && fit >= 4) return launch_aligned<W, 4>(e, stream);
-  return e.tokens >= 2 && fit >= 2 ? launch_aligned<W, 2>(e, stream) : launch_aligned<W, 1>(e, stream);
+  const Sizes n = sizes_of(e);
+  float* inner = Arena(e.workspace).take<float>(inner_rows(e) * e.expert_dim);
+  const cudaError_t error = with_piece(e.dim, [&](auto piece) { return launch_inner<W, piece()>(e, n, inner, stream); });
+  if (error != cudaSuccess) return error;
+  return with_piece(e.expert_dim, [&](auto piece) { return launch_outer<W, piece()>(e, n, inner, stream); });
 }
 
 template cudaError_t launch_few<float>(const mythos_cuda_experts&, cudaStream_t);

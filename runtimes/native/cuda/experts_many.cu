@@ -5,7 +5,10 @@
 #include <algorithm>
 
 #include "experts.cuh"
+#include "launch.cuh"
 #include "numbers.cuh"
+#include "quantized_tiles.cuh"
+#include "rounding.cuh"
 #include "tiles.cuh"
 
 namespace mythos::cuda {
@@ -39,7 +42,7 @@ struct Workspace {
 };
 
 Shape shape_of(const mythos_cuda_experts& e) {
-  const int each = int(pairs(e) / e.routed);  // routed experts see few of the tokens each
+  const int each = e.routed ? int(pairs(e) / e.routed) : e.tokens;  // routed experts see few of the tokens each
   if (e.tokens <= 16) return {16, 16, 64};
   if (each <= 8) return {16, 64, 64};
   if (each <= 16) return {32, 128, 128};
@@ -71,6 +74,7 @@ Workspace place(const mythos_cuda_experts& e, Arena& arena) {
 __global__ void __launch_bounds__(kGroupingThreads) group_tokens(Sizes n, const int32_t* chosen, int tile_rows, Workspace w) {
   extern __shared__ int next_row[];  // [E], and behind it counts [E]
   int* count = next_row + n.routed;
+  wait_for_previous();
   const int pairs = n.tokens * n.top_k;
   for (int expert = threadIdx.x; expert < n.routed; expert += kGroupingThreads) count[expert] = 0;
   __syncthreads();
@@ -104,15 +108,6 @@ __global__ void __launch_bounds__(kGroupingThreads) group_tokens(Sizes n, const 
   }
 }
 
-template <typename W>
-__global__ void round_tokens(const float* from, W* to, int64_t pieces) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= pieces) return;
-  const float4 four = reinterpret_cast<const float4*>(from)[at];
-  const W rounded[4] = {from_float<W>(four.x), from_float<W>(four.y), from_float<W>(four.z), from_float<W>(four.w)};
-  reinterpret_cast<uint2*>(to)[at] = *reinterpret_cast<const uint2*>(rounded);
-}
-
 // Tokens as rows, D wide. Of routed experts the tokens of inner rows.
 template <typename W>
 struct TokenRows {
@@ -131,25 +126,25 @@ struct TokenRows {
   }
 };
 
-// Rows of gate and of up, eight of each in turn, so that a thread holds both of a number.
-template <typename W>
+// Rows of gate and of up of an expert, eight of each in turn, so that a thread holds both of a number.
+template <typename Stack>
 struct GateUpRows {
-  const W* matrix;
-  int first, expert_dim, dim;
+  Stack stack;
+  int expert, first, expert_dim;
 
   __device__ __forceinline__ int64_t jump() const { return 0; }
-  __device__ __forceinline__ const W* operator()(int row) const {
+  __device__ __forceinline__ int64_t operator()(int row) const {
     const int f = first + row / 16 * 8 + row % 8;
-    return f < expert_dim ? matrix + int64_t(f + row / 8 % 2 * expert_dim) * dim : nullptr;
+    return f < expert_dim ? int64_t(2 * expert + row / 8 % 2) * expert_dim + f : -1;
   }
 };
 
 // inner [count, F] = silu(gate . x) * (up . x) of a group's rows, columns first to first + half of the tile's.
-template <typename W, typename Product>
-__device__ __forceinline__ void inner_tile(const Sizes& n, const TokenRows<W>& left, const W* matrix, int first, W* inner) {
+template <typename W, typename Product, typename Stack>
+__device__ __forceinline__ void inner_tile(const Sizes& n, const TokenRows<W>& left, const Stack& gate_up, int first, W* inner) {
   extern __shared__ __align__(16) unsigned char memory[];
   Product product;
-  product.run(reinterpret_cast<W*>(memory), 1, left, GateUpRows<W>{matrix, first, n.expert_dim, n.dim});
+  product.run(memory, 1, left, GateUpRows<Stack>{gate_up, left.group.expert, first, n.expert_dim});
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < Product::kMs; ++m)
@@ -169,21 +164,23 @@ __device__ __forceinline__ void inner_tile(const Sizes& n, const TokenRows<W>& l
 }
 
 // Blocks: (columns of F, tiles of shared experts and groups of routed ones).
-template <typename W, typename Routed, typename Shared, int kRows, int kColumns>
-__global__ void __launch_bounds__(kTileThreads) inner_many(Sizes n, const W* gate_up_routed, const W* gate_up_shared, Workspace w) {
+template <typename Stored, typename Routed, typename Shared, int kRows, int kColumns>
+__global__ void __launch_bounds__(kTileThreads)
+    inner_many(Sizes n, StackOf<Stored> gate_up_routed, StackOf<Stored> gate_up_shared, Workspace w) {
+  using W = Multiplied<Stored>;
+  wait_for_previous();
   const int first = blockIdx.x * (kColumns / 2), tiles = (n.tokens + kRows - 1) / kRows;
-  const int64_t size = int64_t(2) * n.expert_dim * n.dim;
   const W* rounded = static_cast<const W*>(w.rounded);
   W* inner = static_cast<W*>(w.inner);
   if (int(blockIdx.y) < tiles * n.shared) {
     const int expert = blockIdx.y / tiles, from = blockIdx.y % tiles * kRows;
     const int64_t row = int64_t(n.tokens) * (n.top_k + expert) + from;
     const TokenRows<W> left{rounded, nullptr, {expert, from, min(kRows, n.tokens - from)}, n.dim};
-    inner_tile<W, Shared>(n, left, gate_up_shared + expert * size, first, inner + row * n.expert_dim);
+    inner_tile<W, Shared>(n, left, gate_up_shared, first, inner + row * n.expert_dim);
   } else if (int(blockIdx.y) - tiles * n.shared < *w.n_groups) {
     const Group group = w.groups[blockIdx.y - tiles * n.shared];
     const TokenRows<W> left{rounded, w.token_of, group, n.dim};
-    inner_tile<W, Routed>(n, left, gate_up_routed + group.expert * size, first, inner + int64_t(group.first) * n.expert_dim);
+    inner_tile<W, Routed>(n, left, gate_up_routed, first, inner + int64_t(group.first) * n.expert_dim);
   }
 }
 
@@ -202,23 +199,23 @@ struct InnerRows {
   }
 };
 
-template <typename W>
+// Rows of down of an expert, or of several, one after another.
+template <typename Stack>
 struct DownRows {
-  const W* matrix;
-  int first, dim, expert_dim;
+  Stack stack;
+  int expert, first, dim;
 
-  __device__ __forceinline__ int64_t jump() const { return int64_t(dim) * expert_dim; }
-  __device__ __forceinline__ const W* operator()(int row) const {
-    return first + row < dim ? matrix + int64_t(first + row) * expert_dim : nullptr;
-  }
+  __device__ __forceinline__ int64_t jump() const { return dim; }
+  __device__ __forceinline__ int64_t operator()(int row) const { return first + row < dim ? int64_t(expert) * dim + first + row : -1; }
 };
 
-// outer [count, D] = the sum over experts of down . inner, columns first to first + the tile's.
-template <typename W, typename Product>
-__device__ __forceinline__ void outer_tile(const Sizes& n, int experts, const InnerRows<W>& left, const W* matrix, int first, float* outer) {
+// outer [count, D] = the sum over `experts` experts of down . inner, columns first to first + the tile's.
+template <typename W, typename Product, typename Stack>
+__device__ __forceinline__ void outer_tile(const Sizes& n, int experts, const InnerRows<W>& left, const Stack& down, int expert, int first,
+                                           float* outer) {
   extern __shared__ __align__(16) unsigned char memory[];
   Product product;
-  product.run(reinterpret_cast<W*>(memory), experts, left, DownRows<W>{matrix, first, n.dim, n.expert_dim});
+  product.run(memory, experts, left, DownRows<Stack>{down, expert, first, n.dim});
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < Product::kMs; ++m)
@@ -236,21 +233,23 @@ __device__ __forceinline__ void outer_tile(const Sizes& n, int experts, const In
 }
 
 // Blocks: (columns of D, tiles of the shared experts' parts and groups of routed ones).
-template <typename W, typename Routed, typename Shared, int kRows, int kColumns>
-__global__ void __launch_bounds__(kTileThreads) outer_many(Sizes n, const W* down_routed, const W* down_shared, Workspace w) {
+template <typename Stored, typename Routed, typename Shared, int kRows, int kColumns>
+__global__ void __launch_bounds__(kTileThreads) outer_many(Sizes n, StackOf<Stored> down_routed, StackOf<Stored> down_shared, Workspace w) {
+  using W = Multiplied<Stored>;
+  wait_for_previous();
   const int first = blockIdx.x * kColumns, tiles = (n.tokens + kRows - 1) / kRows;
-  const int64_t size = int64_t(n.dim) * n.expert_dim, rows_of_expert = int64_t(n.tokens) * n.expert_dim;
+  const int64_t rows_of_expert = int64_t(n.tokens) * n.expert_dim;
   const W* inner = static_cast<const W*>(w.inner);
   if (int(blockIdx.y) < tiles * w.parts) {
     const int part = blockIdx.y / tiles, from = blockIdx.y % tiles * kRows;
     const W* rows = inner + (n.top_k + part) * rows_of_expert + int64_t(from) * n.expert_dim;
     const InnerRows<W> left{rows, min(kRows, n.tokens - from), n.expert_dim, rows_of_expert};
     float* outer = w.outer_shared + (int64_t(part) * n.tokens + from) * n.dim;
-    outer_tile<W, Shared>(n, n.shared / w.parts, left, down_shared + part * size, first, outer);
+    outer_tile<W, Shared>(n, n.shared / w.parts, left, down_shared, part, first, outer);
   } else if (int(blockIdx.y) - tiles * w.parts < *w.n_groups) {
     const Group group = w.groups[blockIdx.y - tiles * w.parts];
     const InnerRows<W> left{inner + int64_t(group.first) * n.expert_dim, group.count, n.expert_dim, 0};
-    outer_tile<W, Routed>(n, 1, left, down_routed + group.expert * size, first, w.outer + int64_t(group.first) * n.dim);
+    outer_tile<W, Routed>(n, 1, left, down_routed, group.expert, first, w.outer + int64_t(group.first) * n.dim);
   }
 }
 
@@ -260,65 +259,77 @@ __device__ __forceinline__ void add_scaled(float4& sum, float scale, const float
 }
 
 // mixed: a block a token.
-__global__ void mix(Sizes n, const float* weight, Workspace w, float* mixed) {
+__global__ void mix(Sizes n, const float* weight, Workspace w, const float* residual, float* mixed) {
+  wait_for_previous();
   const int token = blockIdx.x;
   for (int at = threadIdx.x; at < n.dim / 4; at += blockDim.x) {
-    float4 sum{0, 0, 0, 0};
+    const int64_t row = int64_t(token) * n.dim;
+    float4 sum = residual != nullptr ? reinterpret_cast<const float4*>(residual + row)[at] : float4{0, 0, 0, 0};
     for (int part = 0; part < w.parts; ++part)
       add_scaled(sum, 1.0f, reinterpret_cast<const float4*>(w.outer_shared + (int64_t(part) * n.tokens + token) * n.dim)[at]);
     for (int rank = 0; rank < n.top_k; ++rank) {
       const int pair = token * n.top_k + rank;
       add_scaled(sum, weight[pair], reinterpret_cast<const float4*>(w.outer + int64_t(w.row_of[pair]) * n.dim)[at]);
     }
-    reinterpret_cast<float4*>(mixed + int64_t(token) * n.dim)[at] = sum;
+    reinterpret_cast<float4*>(mixed + row)[at] = sum;
   }
+}
+
+template <typename Stored>
+StackOf<Stored> stack_of(const mythos_cuda_experts& e, const void* values, const void* scales, int columns) {
+  return make_stack<Stored>(values, scales, e.dtype, e.scale_dtype, e.block, columns);
 }
 
 // Both products, in tiles of kRouted and kShared rows.
-template <typename W, typename Routed, typename Shared, int kShared, int kColumns>
+template <typename Stored, typename Routed, typename Shared, int kShared, int kColumns>
 cudaError_t launch_products(const mythos_cuda_experts& e, const Sizes& n, const Workspace& w, cudaStream_t stream) {
   constexpr int kBytes = Routed::kSharedBytes > Shared::kSharedBytes ? Routed::kSharedBytes : Shared::kSharedBytes;
-  const auto inner = inner_many<W, Routed, Shared, kShared, kColumns>;
-  const auto outer = outer_many<W, Routed, Shared, kShared, kColumns>;
-  for (const auto set : {cudaFuncSetAttribute(inner, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-                         cudaFuncSetAttribute(outer, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes)})
-    if (set != cudaSuccess) return set;
+  const auto inner = inner_many<Stored, Routed, Shared, kShared, kColumns>;
+  const auto outer = outer_many<Stored, Routed, Shared, kShared, kColumns>;
   const int tiles = ceil_div(n.tokens, kShared);
   const dim3 inner_blocks(ceil_div(n.expert_dim, kColumns / 2), tiles * n.shared + w.most_groups);
   const dim3 outer_blocks(ceil_div(n.dim, kColumns), tiles * w.parts + w.most_groups);
-  inner<<<inner_blocks, kTileThreads, kBytes, stream>>>(n, static_cast<const W*>(e.gate_up_routed), static_cast<const W*>(e.gate_up_shared), w);
-  outer<<<outer_blocks, kTileThreads, kBytes, stream>>>(n, static_cast<const W*>(e.down_routed), static_cast<const W*>(e.down_shared), w);
-  return cudaGetLastError();
+  const cudaError_t error = launch_kernel(inner, inner_blocks, kTileThreads, kBytes, stream, n,
+                                          stack_of<Stored>(e, e.gate_up_routed, e.gate_up_routed_scales, n.dim),
+                                          stack_of<Stored>(e, e.gate_up_shared, e.gate_up_shared_scales, n.dim), w);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(outer, outer_blocks, kTileThreads, kBytes, stream, n,
+                       stack_of<Stored>(e, e.down_routed, e.down_routed_scales, n.expert_dim),
+                       stack_of<Stored>(e, e.down_shared, e.down_shared_scales, n.expert_dim), w);
 }
 
-template <typename W, int kStages>
+template <typename Stored, int kStages>
 cudaError_t launch_wide(const mythos_cuda_experts& e, const Sizes& n, const Workspace& w, cudaStream_t stream) {
-  using Rows32 = Tile<W, 32, kMostColumns, 1, 64, kStages>;
-  using Rows64 = Tile<W, 64, kMostColumns, 2, 64, kStages>;
-  using Rows128 = Tile<W, kMostRows, kMostColumns, 2, 64, kStages>;
+  using Rows32 = TileOf<Stored, 32, kMostColumns, 1, 64, kStages>;
+  using Rows64 = TileOf<Stored, 64, kMostColumns, 2, 64, kStages>;
+  using Rows128 = TileOf<Stored, kMostRows, kMostColumns, 2, 64, kStages>;
   switch (shape_of(e).routed) {
     case 32:
-      return launch_products<W, Rows32, Rows128, kMostRows, kMostColumns>(e, n, w, stream);
+      return launch_products<Stored, Rows32, Rows128, kMostRows, kMostColumns>(e, n, w, stream);
     case 64:
-      return launch_products<W, Rows64, Rows128, kMostRows, kMostColumns>(e, n, w, stream);
+      return launch_products<Stored, Rows64, Rows128, kMostRows, kMostColumns>(e, n, w, stream);
     default:
-      return launch_products<W, Rows128, Rows128, kMostRows, kMostColumns>(e, n, w, stream);
+      return launch_products<Stored, Rows128, Rows128, kMostRows, kMostColumns>(e, n, w, stream);
   }
 }
 
-template <typename W>
+template <typename Stored>
 cudaError_t launch_products(const mythos_cuda_experts& e, const Sizes& n, const Workspace& w, cudaStream_t stream) {
-  using Rows16 = Tile<W, kLeastRows, 64, 1, 128, 3>;
-  using Rows64 = Tile<W, 64, 64, 2, 128, 2>;
+  using Rows16 = TileOf<Stored, kLeastRows, 64, 1, 128, 3>;
+  using Rows64 = TileOf<Stored, 64, 64, 2, 128, 2>;
   const Shape shape = shape_of(e);
-  if (shape.shared == 16) return launch_products<W, Rows16, Rows16, 16, 64>(e, n, w, stream);
-  if (shape.routed == 16) return launch_products<W, Rows16, Rows64, 64, 64>(e, n, w, stream);
-  int device, most_shared;
-  for (const auto asked : {cudaGetDevice(&device), cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)})
-    if (asked != cudaSuccess) return asked;
-  // Three stages hide more of memory's latency; not every GPU has room for them.
-  const bool fits = Tile<W, kMostRows, kMostColumns, 2, 64, 3>::kSharedBytes <= most_shared;
-  return fits ? launch_wide<W, 3>(e, n, w, stream) : launch_wide<W, 2>(e, n, w, stream);
+  if (shape.shared == 16) return launch_products<Stored, Rows16, Rows16, 16, 64>(e, n, w, stream);
+  if (shape.routed == 16) return launch_products<Stored, Rows16, Rows64, 64, 64>(e, n, w, stream);
+  if constexpr (kQuantized<Stored>) {
+    return launch_wide<Stored, 2>(e, n, w, stream);
+  } else {
+    int device, most_shared;
+    for (const auto asked : {cudaGetDevice(&device), cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)})
+      if (asked != cudaSuccess) return asked;
+    // Three stages hide more of memory's latency; not every GPU has room for them.
+    const bool fits = Tile<Stored, kMostRows, kMostColumns, 2, 64, 3>::kSharedBytes <= most_shared;
+    return fits ? launch_wide<Stored, 3>(e, n, w, stream) : launch_wide<Stored, 2>(e, n, w, stream);
+  }
 }
 
 }  // namespace
@@ -329,21 +340,24 @@ uint64_t many_workspace(const mythos_cuda_experts& e) {
   return arena.used();
 }
 
-template <typename W>
+template <typename Stored>
 cudaError_t launch_many(const mythos_cuda_experts& e, cudaStream_t stream) {
+  using W = Multiplied<Stored>;
   const Sizes n = sizes_of(e);
   Arena arena(e.workspace);
   const Workspace w = place(e, arena);
-  const int64_t pieces = int64_t(n.tokens) * n.dim / 4;
-  round_tokens<W><<<(pieces + 255) / 256, 256, 0, stream>>>(e.normed, static_cast<W*>(w.rounded), pieces);
-  group_tokens<<<1, kGroupingThreads, 2 * n.routed * sizeof(int), stream>>>(n, e.chosen, shape_of(e).routed, w);
-  const cudaError_t error = launch_products<W>(e, n, w, stream);
+  cudaError_t error = round_tokens(e.normed, e.norm, e.epsilon, n.tokens, n.dim, static_cast<W*>(w.rounded), stream);
   if (error != cudaSuccess) return error;
-  mix<<<n.tokens, 256, 0, stream>>>(n, e.weight, w, e.mixed);
-  return cudaGetLastError();
+  error = launch_kernel(group_tokens, 1, kGroupingThreads, 2 * n.routed * sizeof(int), stream, n, e.chosen, shape_of(e).routed, w);
+  if (error != cudaSuccess) return error;
+  if ((error = launch_products<Stored>(e, n, w, stream)) != cudaSuccess) return error;
+  return launch_kernel(mix, n.tokens, 256, 0, stream, n, e.weight, w, e.residual, e.mixed);
 }
 
 template cudaError_t launch_many<__half>(const mythos_cuda_experts&, cudaStream_t);
 template cudaError_t launch_many<__nv_bfloat16>(const mythos_cuda_experts&, cudaStream_t);
+template cudaError_t launch_many<Int4>(const mythos_cuda_experts&, cudaStream_t);
+template cudaError_t launch_many<Int8>(const mythos_cuda_experts&, cudaStream_t);
+template cudaError_t launch_many<Float8>(const mythos_cuda_experts&, cudaStream_t);
 
 }  // namespace mythos::cuda

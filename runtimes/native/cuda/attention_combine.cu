@@ -1,0 +1,143 @@
+// After attention: parts put together, and latent attention's sums through w_uv.
+#include "attention_flash.cuh"
+#include "attention_heads.cuh"
+#include "launch.cuh"
+
+namespace mythos::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kChannels = 8;  // of a lane at a time
+constexpr int kRows = 8;      // of w_uv that a warp computes at the same time
+
+// values [Y] of a token and head, in shared memory; partial: [kWarps, Y]. Warps share the parts out among themselves.
+__device__ __forceinline__ void combine_parts(const Shape& n, const Partial& parts, int token, int head, float* partial, float* values) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t at = n.query_of(token, head) * n.parts;
+  const float* states = parts.states + 2 * at;
+  float most = -FLT_MAX, total = 0.0f;
+#pragma unroll 1
+  for (int part = lane; part < n.parts; part += 32) most = fmaxf(most, states[2 * part]);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
+#pragma unroll 1
+  for (int part = lane; part < n.parts; part += 32) total += states[2 * part + 1] * power_of_two(states[2 * part] - most);
+  total = sum_of_warp(total);
+#pragma unroll 1
+  for (int channel = lane; channel < n.value_dim; channel += 32 * kChannels) {
+    float sum[kChannels] = {};
+#pragma unroll 2
+    for (int part = warp; part < n.parts; part += kWarps) {
+      const float factor = power_of_two(states[2 * part] - most);
+      const float* row = parts.sums + (at + part) * n.value_dim + channel;
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i)
+        if (channel + i * 32 < n.value_dim) sum[i] = fmaf(row[i * 32], factor, sum[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i)
+      if (channel + i * 32 < n.value_dim) partial[warp * n.value_dim + channel + i * 32] = sum[i];
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int channel = threadIdx.x; channel < n.value_dim; channel += kThreads) {
+    float value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) value += partial[w * n.value_dim + channel];
+    values[channel] = __fdividef(value, total);
+  }
+  __syncthreads();
+}
+
+// The same of one part: y [T, H, Y]. A block a token.
+template <typename Out>
+__global__ void __launch_bounds__(kThreads) normalize(Shape n, Partial parts, Out* y) {
+  wait_for_previous();
+  const int token = blockIdx.x;
+#pragma unroll 4
+  for (Place at(threadIdx.x, n.value_dim); at.row < n.n_heads; at.move(kThreads, n.value_dim)) {
+    const int64_t query = n.query_of(token, at.row);
+    const float value = __fdividef(parts.sums[query * n.value_dim + at.piece], parts.states[2 * query + 1]);
+    y[(int64_t(token) * n.n_heads + at.row) * n.value_dim + at.piece] = from_float<Out>(value);
+  }
+}
+
+// y [T, H, Y]. Blocks: (H, T).
+template <typename Out>
+__global__ void __launch_bounds__(kThreads) combine(Shape n, Partial parts, Out* y) {
+  extern __shared__ float memory[];
+  wait_for_previous();
+  const int token = blockIdx.y, head = blockIdx.x;
+  float* values = memory + kWarps * n.value_dim;
+  combine_parts(n, parts, token, head, memory, values);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n.value_dim; i += kThreads) y[(int64_t(token) * n.n_heads + head) * n.value_dim + i] = from_float<Out>(values[i]);
+}
+
+// The same through w_uv [H, V, Y]: y [T, H, V]. Blocks: (H, T).
+template <typename W, int kPiece>
+__global__ void __launch_bounds__(kThreads) combine_latent(Shape n, Partial parts, const W* w_uv, int v_head_dim, float* y) {
+  extern __shared__ float memory[];
+  const int token = blockIdx.y, head = blockIdx.x, lane = threadIdx.x % 32;
+  const W* matrix = w_uv + int64_t(head) * v_head_dim * n.value_dim;
+  prefetch(matrix, int64_t(v_head_dim) * n.value_dim * sizeof(W));
+  wait_for_previous();
+  float* values = memory + kWarps * n.value_dim;
+  combine_parts(n, parts, token, head, memory, values);
+  // Neighbours of a warp's rows belong to it too.
+#pragma unroll 1
+  for (int v0 = threadIdx.x / 32 * kRows; v0 < v_head_dim; v0 += kWarps * kRows) {
+    float sum[kRows] = {};
+#pragma unroll 1
+    for (int i = lane * kPiece; i < n.value_dim; i += 32 * kPiece) {
+      Piece<W, kPiece> pieces[kRows];
+      float x[kPiece], w[kPiece];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) pieces[row].load_kept(matrix + min(v0 + row, v_head_dim - 1) * n.value_dim + i);
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) x[j] = values[i + j];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        pieces[row].unpack(w);
+#pragma unroll
+        for (int j = 0; j < kPiece; ++j) sum[row] = fmaf(w[j], x[j], sum[row]);
+      }
+    }
+    const float total = sums_of_warp(sum);
+    const int v = v0 + lane / 4;
+    if (lane % 4 == 0 && v < v_head_dim) y[(int64_t(token) * n.n_heads + head) * v_head_dim + v] = total;
+  }
+}
+
+template <typename Out>
+cudaError_t combine_all(const mythos_cuda_attention& a, const Shape& n, const Partial& parts, Out* y, cudaStream_t stream) {
+  const int tokens = a.batch * a.seq;
+  if (n.parts == 1 && tokens > 1) return launch_kernel(normalize<Out>, tokens, kThreads, 0, stream, n, parts, y);
+  return launch_kernel(combine<Out>, dim3(a.n_heads, tokens), kThreads, (kWarps + 1) * n.value_dim * sizeof(float), stream, n, parts, y);
+}
+
+}  // namespace
+
+template <typename W>
+cudaError_t put_together(const mythos_cuda_attention& a, const Shape& n, const Ways& ways, const AttentionWorkspace& w, cudaStream_t stream) {
+  const dim3 blocks(a.n_heads, a.batch * a.seq);
+  const size_t bytes = (kWarps + 1) * n.value_dim * sizeof(float);
+  if (a.n_kv_heads > 0) return combine_all(a, n, w.parts, a.y, stream);
+  const auto w_uv = static_cast<const W*>(a.w_uv);
+  if constexpr (!std::is_same_v<W, float>)
+    if (ways.many_tokens) {
+      const auto rounded = static_cast<W*>(w.rounded);
+      const cudaError_t error = combine_all(a, n, w.parts, rounded, stream);
+      if (error != cudaSuccess) return error;
+      return multiply_heads<W, float>({a.batch * a.seq, a.n_heads, n.value_dim, a.v_head_dim, a.v_head_dim}, rounded, w_uv, a.y, stream);
+    }
+  return with_piece(n.value_dim, [&](auto piece) {
+    return launch_kernel(combine_latent<W, piece()>, blocks, kThreads, bytes, stream, n, w.parts, w_uv, a.v_head_dim, a.y);
+  });
+}
+
+template cudaError_t put_together<float>(const mythos_cuda_attention&, const Shape&, const Ways&, const AttentionWorkspace&, cudaStream_t);
+template cudaError_t put_together<__half>(const mythos_cuda_attention&, const Shape&, const Ways&, const AttentionWorkspace&, cudaStream_t);
+template cudaError_t put_together<__nv_bfloat16>(const mythos_cuda_attention&, const Shape&, const Ways&, const AttentionWorkspace&, cudaStream_t);
+
+}  // namespace mythos::cuda

@@ -1,0 +1,213 @@
+// Attention of few queries: the time is that of reading the rows once. Each warp of a block scores sixteen rows of a step, and sums a
+// share of the values' channels over all of them (arXiv 2205.14135).
+#include "attention_flash.cuh"
+#include "launch.cuh"
+
+namespace mythos::cuda {
+namespace {
+
+constexpr int kStages = 2;
+
+// A step's rows in shared memory, and what warps tell each other.
+template <typename C, int kWarps>
+struct Block {
+  static constexpr int kRows = kWarps * 16, kWeightPitch = kRows + 8;
+  C *query, *weights, *stages;  // [kQueries, X], [kQueries, kRows], kStages of kRows rows
+  float* numbers;               // [kWarps, kQueries]
+
+  __device__ __forceinline__ Block(void* memory, const Pitches& pitch) {
+    numbers = static_cast<float*>(memory);
+    query = reinterpret_cast<C*>(numbers + kWarps * kQueries);
+    weights = query + kQueries * pitch.key;
+    stages = weights + kQueries * kWeightPitch;
+  }
+  static size_t bytes(const Pitches& pitch) {
+    return kWarps * kQueries * sizeof(float) + (kQueries * (pitch.key + kWeightPitch) + kStages * pitch.stage) * sizeof(C);
+  }
+};
+
+// Blocks: (P, sixteens of a group's queries times G, B). kPairs: pairs of eight channels that a warp sums. Code is kept short: each
+// launch reads it from memory, and runs most of it once.
+template <typename C, int kWarps, int kPairs>
+__global__ void __launch_bounds__(kWarps * 32)
+    attend_few_rows(Shape n, const C* queries, const C* all_past, const C* all_fresh, const int64_t* past_len, Partial out) {
+  using Memory = Block<C, kWarps>;
+  constexpr int kRows = Memory::kRows;
+  constexpr const C* kType = nullptr;
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ uint64_t barriers[kStages];
+  const Pitches pitch(n, kRows);
+  const Memory at(memory, pitch);
+  const int sequence = blockIdx.z, part = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int group = blockIdx.y, first_query = 0;
+  while (group >= n.groups) group -= n.groups, first_query += kQueries;
+  const auto token_of = [&](int query) {
+    int s = 0;
+    while (query >= n.heads) query -= n.heads, ++s;
+    return s;
+  };
+  const int last_query = min(first_query + kQueries, n.queries()) - 1, first_token = token_of(first_query), last_token = token_of(last_query);
+  const int64_t all_queries = (int64_t(sequence) * n.groups + group) * n.queries();  // in front of this sequence and group
+  const Stages<C, kRows, 16, kWarps, kStages> stages(at.stages, pitch, barriers);
+  Rows<C> rows(n, all_past, all_fresh);
+  int first_row = 0, end_row = kRows, first[2] = {0, 0}, end[2] = {kRows, kRows};  // of the part; that this thread's two queries see
+  const int first_channel = warp * kPairs * 16;
+  const float scale = n.scale * kLog2E;
+  float sum[kPairs][2][4], largest[2], total[2];
+  const auto begin = [&] {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) largest[half] = -FLT_MAX, total[half] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPairs * 8; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.0f;
+  };
+  let_next_start();
+  // Step -2 computes with what is in memory by chance, and only brings the code near while other kernels run; step -1 loads.
+#pragma unroll 1
+  for (int step = -2;; ++step) {
+    if (step == -2 || step == -1) begin();
+    if (step == -1) {
+      wait_for_previous();
+      rows = Rows<C>(n, all_past, all_fresh, past_len, sequence);
+      const Range range(n, rows, first_token, last_token, part, 16);
+      copy_queries(n, queries + all_queries * n.key_dim, first_query, kQueries, pitch.key, at.query, kWarps * 32);
+      first_row = range.from, end_row = range.to;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int s = last_token == first_token ? first_token : token_of(min(first_query + lane / 4 + half * 8, last_query));
+        first[half] = rows.first_seen(n, s), end[half] = min(rows.end_seen(s), end_row);
+      }
+    }
+    const int from = first_row + max(step, 0) * kRows, load = first_row + (step + 1) * kRows;
+    if (step >= -1) {
+      if (load < end_row) stages.load(n, rows, group, load, min(load + kRows, end_row), step + 1);
+      commit();
+      if (step < 0) continue;
+      if (from >= end_row) break;
+      stages.wait(step);
+    }
+    __syncthreads();
+    const int own = from + warp * 16;
+    const C *keys = stages.at(max(step, 0)), *values = pitch.inside ? keys : keys + kRows * pitch.key;
+    float score[2][4] = {};
+    if (own < end_row) {
+      const C* a_row = at.query + lane % 16 * pitch.key + lane / 16 * 8;
+      const C* b_row = keys + (warp * 16 + lane % 8 + lane / 16 * 8) * pitch.key + lane / 8 % 2 * 8;
+#pragma unroll 2
+      for (int k = 0; k < n.key_dim; k += 16) {
+        uint32_t a[4], b[4];
+        load_matrices(a, shared_address(a_row + k));
+        load_matrices(b, shared_address(b_row + k));
+        multiply(score[0], a, b[0], b[1], kType);
+        multiply(score[1], a, b[2], b[3], kType);
+      }
+    }
+    float most[2] = {-FLT_MAX, -FLT_MAX};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = own + i / 4 * 8 + lane % 4 * 2 + i % 2, half = i % 4 / 2;
+      float& value = score[i / 4][i % 4];
+      value = row >= first[half] && row < end[half] ? value * scale : -FLT_MAX;
+      most[half] = fmaxf(most[half], value);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int distance = 2; distance > 0; distance /= 2) most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffffu, most[half], distance));
+      if (lane % 4 == 0) at.numbers[warp * kQueries + lane / 4 + half * 8] = most[half];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      most[half] = largest[half];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) most[half] = fmaxf(most[half], at.numbers[w * kQueries + lane / 4 + half * 8]);
+      const float factor = power_of_two(largest[half] - most[half]);
+      largest[half] = most[half], total[half] *= factor;
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[pair][i / 2][half * 2 + i % 2] *= factor;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const int half = i % 4 / 2;
+      float weight[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float value = score[i / 4][i % 4 + j];
+        weight[j] = value > -FLT_MAX ? power_of_two(value - most[half]) : 0.0f;
+        total[half] += weight[j];
+      }
+      *reinterpret_cast<uint32_t*>(at.weights + (lane / 4 + half * 8) * Memory::kWeightPitch + warp * 16 + i / 4 * 8 + lane % 4 * 2) =
+          packed(weight[0], weight[1], kType);
+    }
+    __syncthreads();
+    if (first_channel < n.value_dim) {
+      const C* a_row = at.weights + lane % 16 * Memory::kWeightPitch + lane / 16 * 8;
+      const C* b_row = values + lane % 16 * pitch.value + first_channel + lane / 16 * 8;
+#pragma unroll 1
+      for (int k = 0; k < min(kRows, end_row - from); k += 16) {
+        uint32_t a[4];
+        load_matrices(a, shared_address(a_row + k));
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          uint32_t b[4];
+          load_transposed(b, shared_address(b_row + k * pitch.value + pair * 16));
+          multiply(sum[pair][0], a, b[0], b[1], kType);
+          multiply(sum[pair][1], a, b[2], b[3], kType);
+        }
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int distance = 2; distance > 0; distance /= 2) total[half] += __shfl_xor_sync(0xffffffffu, total[half], distance);
+    if (lane % 4 == 0) at.numbers[warp * kQueries + lane / 4 + half * 8] = total[half];
+    const int query = first_query + lane / 4 + half * 8;
+    float* to = out.sums + ((all_queries + query) * n.parts + part) * n.value_dim + first_channel + lane % 4 * 2;
+    if (query <= last_query)
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i)
+        if (first_channel + i * 8 < n.value_dim)
+          *reinterpret_cast<float2*>(to + i * 8) = {sum[i / 2][i % 2][half * 2], sum[i / 2][i % 2][half * 2 + 1]};
+  }
+  __syncthreads();
+  if (warp == 0 && lane % 4 == 0)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int query = first_query + lane / 4 + half * 8;
+      float all = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) all += at.numbers[w * kQueries + lane / 4 + half * 8];
+      if (query <= last_query) *reinterpret_cast<float2*>(out.states + 2 * ((all_queries + query) * n.parts + part)) = {largest[half], all};
+    }
+}
+
+template <typename C, int kWarps, int kPairs>
+cudaError_t launch(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, int most_shared, cudaStream_t stream) {
+  const size_t bytes = Block<C, kWarps>::bytes(Pitches(n, Block<C, kWarps>::kRows));
+  if constexpr (kWarps > 2)
+    if (bytes > size_t(most_shared)) return launch<C, kWarps / 2, kPairs * 2>(a, n, w, most_shared, stream);
+  const dim3 blocks(n.parts, ceil_div(n.queries(), kQueries) * n.groups, n.batch);
+  return launch_kernel(attend_few_rows<C, kWarps, kPairs>, blocks, kWarps * 32, bytes, stream, n, static_cast<const C*>(w.queries),
+                       static_cast<const C*>(a.past), static_cast<const C*>(a.new_kv), a.past_len, w.parts);
+}
+
+}  // namespace
+
+template <typename C>
+cudaError_t attend_few(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, cudaStream_t stream) {
+  int most_shared;
+  const cudaError_t error = most_shared_bytes(&most_shared);
+  if (error != cudaSuccess) return error;
+  if (n.value_dim <= 64) return launch<C, 4, 1>(a, n, w, most_shared, stream);
+  if (n.value_dim <= 128) return launch<C, 8, 1>(a, n, w, most_shared, stream);
+  return n.value_dim <= 256 ? launch<C, 8, 2>(a, n, w, most_shared, stream) : launch<C, 8, 4>(a, n, w, most_shared, stream);
+}
+
+template cudaError_t attend_few<__half>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
+template cudaError_t attend_few<__nv_bfloat16>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
+
+}  // namespace mythos::cuda

@@ -1,0 +1,231 @@
+// A warp's share of attention on tensor cores: sixteen queries, their scores and the running sum of values in registers
+// (arXiv 2205.14135, 2307.08691).
+#pragma once
+
+#include "attention.cuh"
+#include "tiles.cuh"
+
+namespace mythos::cuda {
+
+constexpr int kQueries = 16;  // of a warp
+
+__device__ __forceinline__ uint32_t packed(float low, float high, const __half*) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ uint32_t packed(float low, float high, const __nv_bfloat16*) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Row pitches in shared memory, of which ldmatrix reads eight rows without conflicts.
+struct Pitches {
+  int key, value, stage;  // numbers; stage: of kKeys rows
+  bool inside;            // the values are the keys' first channels
+
+  __host__ __device__ Pitches(const Shape& n, int keys)
+      : key(n.key_dim + 8), inside(n.values_at == n.keys_at) {
+    value = inside ? key : n.value_dim + 8;
+    stage = keys * (key + (inside ? 0 : value));
+  }
+};
+
+// kPieces: pieces of eight channels of the values; kKeys: keys of a step. A thread holds numbers of queries lane / 4 and lane / 4 + 8.
+template <typename C, int kPieces, int kKeys>
+struct Flash {
+  float sum[kPieces][4] = {};
+  float largest[2] = {-FLT_MAX, -FLT_MAX}, total[2] = {0.0f, 0.0f};  // total: of this thread's keys alone
+
+  // query: [kQueries, X], keys: [kKeys, X], values: [kKeys, Y] from this warp's first channel on. first, end: the keys of this step
+  // that each of the two queries sees. scale: of the scores, into units of ln 2.
+  __device__ __forceinline__ void step(const C* query, const C* keys, const C* values, const Pitches& pitch, int key_dim, int pieces,
+                                       float scale, const int (&first)[2], const int (&end)[2]) {
+    const int lane = threadIdx.x % 32;
+    float score[kKeys / 8][4] = {};
+    const C* a_row = query + lane % 16 * pitch.key + lane / 16 * 8;
+    const C* b_row = keys + (lane % 8 + lane / 16 * 8) * pitch.key + lane / 8 % 2 * 8;
+#pragma unroll 2
+    for (int k = 0; k < key_dim; k += 16) {
+      uint32_t a[4];
+      load_matrices(a, shared_address(a_row + k));
+#pragma unroll
+      for (int key = 0; key < kKeys; key += 16) {
+        uint32_t b[4];
+        load_matrices(b, shared_address(b_row + key * pitch.key + k));
+        multiply(score[key / 8], a, b[0], b[1], static_cast<const C*>(nullptr));
+        multiply(score[key / 8 + 1], a, b[2], b[3], static_cast<const C*>(nullptr));
+      }
+    }
+    const auto seen = [&](int piece, int i) {
+      const int key = piece * 8 + lane % 4 * 2 + i % 2;
+      return key >= first[i / 2] && key < end[i / 2];
+    };
+    float most[2] = {largest[0], largest[1]};
+#pragma unroll
+    for (int piece = 0; piece < kKeys / 8; ++piece)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[piece][i] = seen(piece, i) ? score[piece][i] * scale : -FLT_MAX;
+        most[i / 2] = fmaxf(most[i / 2], score[piece][i]);
+      }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int distance = 2; distance > 0; distance /= 2) most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffffu, most[half], distance));
+    if (__any_sync(0xffffffffu, most[0] > largest[0] || most[1] > largest[1])) {
+      const float factor[2] = {power_of_two(largest[0] - most[0]), power_of_two(largest[1] - most[1])};
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[piece][i] *= factor[i / 2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) total[half] *= factor[half], largest[half] = most[half];
+    }
+#pragma unroll
+    for (int piece = 0; piece < kKeys / 8; ++piece)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[piece][i] = seen(piece, i) ? power_of_two(score[piece][i] - most[i / 2]) : 0.0f;
+        total[i / 2] += score[piece][i];
+      }
+#pragma unroll
+    for (int key = 0; key < kKeys; key += 16) {
+      const float(&low)[4] = score[key / 8], (&high)[4] = score[key / 8 + 1];
+      const C* type = nullptr;
+      const uint32_t a[4] = {packed(low[0], low[1], type), packed(low[2], low[3], type), packed(high[0], high[1], type),
+                             packed(high[2], high[3], type)};
+      const C* row = values + (key + lane % 16) * pitch.value + lane / 16 * 8;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; piece += 2) {
+        if (piece >= pieces) break;
+        uint32_t b[4];
+        load_transposed(b, shared_address(row + piece * 8));
+        multiply(sum[piece], a, b[0], b[1], type);
+        multiply(sum[piece + 1], a, b[2], b[3], type);
+      }
+    }
+  }
+
+  // The weights' sum of all keys so far.
+  __device__ __forceinline__ float total_of(int half) const {
+    float all = total[half];
+#pragma unroll
+    for (int distance = 2; distance > 0; distance /= 2) all += __shfl_xor_sync(0xffffffffu, all, distance);
+    return all;
+  }
+};
+
+// A thread's place among rows of so many pieces; it moves without dividing.
+struct Place {
+  int row, piece;
+
+  __device__ __forceinline__ Place(int thread, int pieces) : row(0), piece(thread) { wrap(pieces); }
+  __device__ __forceinline__ void move(int by, int pieces) { piece += by, wrap(pieces); }
+  __device__ __forceinline__ void wrap(int pieces) {
+    while (piece >= pieces) piece -= pieces, ++row;
+  }
+};
+
+// Copies the queries [first, first + count) of a sequence and group [S M, X] to shared memory, zeros behind the last; `threads`
+// threads do it.
+template <typename C>
+__device__ __forceinline__ void copy_queries(const Shape& n, const C* queries, int first, int count, int pitch, C* to, int threads) {
+  const int pieces = n.key_dim / kPiece;
+#pragma unroll 1
+  for (Place at(threadIdx.x, pieces); at.row < count; at.move(threads, pieces)) {
+    const bool valid = first + at.row < n.queries();
+    const C* from = valid ? queries + int64_t(first + at.row) * n.key_dim + at.piece * kPiece : queries;
+    copy_piece(shared_address(to + at.row * pitch + at.piece * kPiece), from, valid);
+  }
+}
+
+// A ring of kStages stages of kRows rows, read kUnit at a time, filled while earlier ones are read: by bulk copies, a lane a row (compute capability 9.0 and
+// later), else by a warp a row.
+template <typename C, int kRows, int kUnit, int kWarps, int kStages>
+class Stages {
+ public:
+  static constexpr int kRowsOfWarp = kRows / kWarps;
+  static_assert(kRows % kWarps == 0 && kRowsOfWarp <= 32, "a lane a row");
+
+  // barriers: kStages of them, in shared memory. To be followed by a __syncthreads() of the block before the first wait.
+  __device__ __forceinline__ Stages(C* memory, const Pitches& pitch, uint64_t* barriers) : memory_(memory), pitch_(pitch), barriers_(shared_address(barriers)) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers_ + stage * 8), "n"(kWarps));
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+#endif
+  }
+  __device__ __forceinline__ C* at(int step) const { return memory_ + step % kStages * pitch_.stage; }
+
+  // Begins to copy rows [from, to), kRows at most; what is behind them in their last unit becomes zero. A stage's rows must have
+  // been read by all.
+  __device__ __forceinline__ void load(const Shape& n, const Rows<C>& rows, int group, int from, int to, int step) const {
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kRowsOfWarp;
+    C* stage = at(step);
+#if __CUDA_ARCH__ >= 900
+    const uint32_t barrier = barriers_ + step % kStages * 8;
+    const uint32_t key_bytes = n.key_dim * sizeof(C), value_bytes = pitch_.inside ? 0 : n.value_dim * sizeof(C);
+    const int row = first + lane;
+    if (lane == 0) {
+      const uint32_t bytes = max(0, min(to - from - first, kRowsOfWarp)) * (key_bytes + value_bytes);
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    }
+    __syncwarp();
+    if (lane < kRowsOfWarp && from + row < to) {
+      const C* source = rows[from + row] + group * n.step;
+      copy_bulk(shared_address(stage + row * pitch_.key), source + n.keys_at, key_bytes, barrier);
+      if (value_bytes > 0) copy_bulk(shared_address(stage + kRows * pitch_.key + row * pitch_.value), source + n.values_at, value_bytes, barrier);
+    }
+    // Read with weights of zero, which are no cure for what is no number.
+#pragma unroll 1
+    for (int empty = max(first, to - from); empty < min(first + kRowsOfWarp, (to - from + kUnit - 1) / kUnit * kUnit); ++empty) {
+#pragma unroll 1
+      for (int i = lane; i < n.key_dim; i += 32) stage[empty * pitch_.key + i] = C(0.0f);
+#pragma unroll 1
+      for (int i = lane; !pitch_.inside && i < n.value_dim; i += 32) stage[kRows * pitch_.key + empty * pitch_.value + i] = C(0.0f);
+    }
+#else
+    const int key_pieces = n.key_dim / kPiece, value_pieces = pitch_.inside ? 0 : n.value_dim / kPiece;
+#pragma unroll 1
+    for (int row = first; row < first + kRowsOfWarp; ++row) {
+      const bool valid = from + row < to;
+      const C* source = rows[valid ? from + row : to - 1] + group * n.step;
+      const uint32_t key = shared_address(stage + row * pitch_.key), value = shared_address(stage + kRows * pitch_.key + row * pitch_.value);
+#pragma unroll 1
+      for (int piece = lane; piece < key_pieces; piece += 32) copy_piece(key + piece * 16, source + n.keys_at + piece * kPiece, valid);
+#pragma unroll 1
+      for (int piece = lane; piece < value_pieces; piece += 32) copy_piece(value + piece * 16, source + n.values_at + piece * kPiece, valid);
+    }
+#endif
+  }
+
+  // Waits for the rows of a step, and at the first one for all cp.async before; to be followed by a __syncthreads(). Every step up to
+  // this one's next has been loaded, or committed empty.
+  __device__ __forceinline__ void wait(int step) const {
+#if __CUDA_ARCH__ >= 900
+    if (step == 0) wait_but<0>();
+    const uint32_t barrier = barriers_ + step % kStages * 8, parity = step / kStages & 1;
+    asm volatile(
+        "{\n\t.reg .pred done;\n\tAGAIN:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@done bra.uni DONE;\n\tbra.uni AGAIN;\n\tDONE:\n\t}"
+        ::"r"(barrier), "r"(parity) : "memory");
+#else
+    wait_but<kStages - 1>();
+#endif
+  }
+
+ private:
+  static __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+                 "r"(barrier)
+                 : "memory");
+  }
+
+  C* memory_;
+  Pitches pitch_;
+  uint32_t barriers_;
+};
+
+}  // namespace mythos::cuda

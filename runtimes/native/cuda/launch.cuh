@@ -1,0 +1,59 @@
+// Launches that begin while the kernel before them ends (programmatic dependent launch, compute capability 9.0 and later).
+//
+// Every kernel calls wait_for_previous() before it reads what another one wrote, or writes at all; constants, as weights are, may be
+// read before. A kernel is complete when all of its blocks are, so all of them wait, those without work too.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace mythos::cuda {
+
+// Lets the next kernel's blocks start, and wait, as soon as there is room for them.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The same, and returns when the kernels before this one are complete.
+__device__ __forceinline__ void wait_for_previous() {
+  let_next_start();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asks for a block's share of what lies in [from, from + bytes) to be in the second-level cache: of what never changes, before the wait.
+__device__ __forceinline__ void prefetch(const void* from, int64_t bytes) {
+  constexpr int kLine = 128;
+  for (int64_t at = int64_t(threadIdx.x) * kLine; at < bytes; at += int64_t(blockDim.x) * kLine)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+}
+
+// Whether the current device overlaps launches; asked once a device.
+bool overlaps_launches();
+// The most shared memory of a block on the current device.
+cudaError_t most_shared_bytes(int* bytes);
+
+// bytes: of dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t bytes, cudaStream_t stream,
+                          Arguments&&... arguments) {
+  constexpr size_t kAlwaysThere = 48 * 1024;
+  if (bytes > kAlwaysThere) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
+  config.attrs = &overlap, config.numAttrs = overlaps_launches() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
+}
+
+}  // namespace mythos::cuda
