@@ -8,38 +8,24 @@ from __future__ import annotations
 import logging
 import weakref
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from runtimes import cuda, cuda_kernels
-from runtimes.backend import StepInput, StepOutput, StopSignal
+from runtimes import cuda, cuda_kernels, tensorrt_plugins
+from runtimes.backend import PREFILL_CHUNK, StepInput, StepOutput, StopSignal
 from runtimes.bundle import Graph, Manifest
-from runtimes.device_memory import CacheLayout, DeviceMemory, plan_memory
-from runtimes.device_sequences import DeviceSequences
+from runtimes.device_memory import DeviceMemory, DeviceRequest, plan_memory
+from runtimes.device_sequences import DeviceSequences, run_once
 from runtimes.device_weights import DeviceWeights
-from runtimes.dtypes import STORAGE, convert
+from runtimes.dtypes import STORAGE
 from runtimes.engine_folder import check_source, read_plan
 from runtimes.engines import Engine, Plan, Profile
-from runtimes.errors import BundleError, InputError, MemoryLimitError
-from runtimes.memory import gigabytes
+from runtimes.errors import BundleError, InputError
 from runtimes.tensorrt_api import TensorRT
-from runtimes.tensorrt_stages import StepShape
 from runtimes.tensorrt_step import Executor
 
 _log = logging.getLogger("mythos_export")
-
-
-class DeviceRequest(NamedTuple):
-    """What is wanted of a GPU. engine: key of the engine to use, None for the best that fits. batch, context: sequences, and
-    tokens of each, that device memory is planned for; None the longest the engine takes. memory_limit: most bytes of that, or of
-    the host's for weights and caches where onnxruntime runs; None: no limit."""
-
-    engine: str | None = None
-    batch: int = 1
-    context: int | None = None
-    memory_limit: int | None = None
 
 
 class TensorRTBackend:
@@ -50,6 +36,8 @@ class TensorRTBackend:
     what TensorRT refuses, and where an engine calls CUDA kernels that are not there.
     """
 
+    device = "cuda"
+    prefill_chunk = PREFILL_CHUNK
     native = False
 
     def __init__(
@@ -66,12 +54,13 @@ class TensorRTBackend:
         self.engine = engine_folder.name
         self.graph = _graph_of(engine_folder, engine, manifest)
         self._profiles = [(plan, profile) for plan in engine.plans for profile in plan.profiles]
-        self._cache_dtype, self._layout = engine.cache_dtype, CacheLayout.of(engine, self.graph)
         self._batches = [profile.batch for _, profile in self._profiles]
         self.max_context = engine.max_context
         kernels = cuda_kernels.find() if engine.experts else None
         self.memory = self._planned(engine, request, kernels.workspace_bytes(engine) if kernels else 0)
         self._open: weakref.WeakSet[DeviceSequences] = weakref.WeakSet()
+        if engine.plugins is not None:
+            tensorrt_plugins.load(tensorrt)
         plans = [(plan, read_plan(engine_folder, engine, plan)) for plan in engine.plans]
         stream = cuda.Stream()
         self._weights = DeviceWeights(folder, engine.weights, stream)
@@ -84,12 +73,7 @@ class TensorRTBackend:
         step = self.longest_step(request.batch, every_position=False)
         memory = plan_memory(engine, self.graph, request.batch, context, step, workspace, cuda.free_bytes())
         _log.info("%s: %s; %s are free", self.engine, memory, cuda.megabytes(memory.free))
-        memory.check()
-        if request.memory_limit is not None and memory.needed > request.memory_limit:
-            raise MemoryLimitError(
-                f"the engine needs {memory}, more than the memory_limit of {gigabytes(request.memory_limit)}; lower the batch or "
-                "--max-context, or raise it"
-            )
+        memory.check(request.memory_limit)
         return memory
 
     def check(self, batch: int, tokens: int) -> None:
@@ -114,14 +98,7 @@ class TensorRTBackend:
         """New sequences. Raises InputError beyond the engine's profiles, OutOfDeviceMemory where a cache of so many tokens would
         not fit."""
         self.check(batch, tokens)
-        size, free = self._layout.bytes(slots, batch, self._layout.capacity(tokens)), cuda.free_bytes()
-        if size > free:
-            raise cuda.OutOfDeviceMemory(
-                f"the cache of {batch} × {tokens} tokens needs {cuda.megabytes(size)} of device memory, {cuda.megabytes(free)} are "
-                f"free: {cuda.megabytes(size - free)} are missing; run fewer or shorter sequences at once",
-                size,
-                free,
-            )
+        self._executor.layout.check_free(slots, batch, tokens)
         sequences = DeviceSequences(self._executor, batch, slots)
         self._open.add(sequences)
         return sequences
@@ -129,29 +106,10 @@ class TensorRTBackend:
     def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
         """One step over a cache that is given, in the host's memory: for comparing. past_kv is float32 where the cache is bfloat16,
         and so is new_kv."""
-        slots, batch, rows, width = step.past_kv.shape
-        seq, k = step.input_ids.shape[1], step.logit_positions.shape[1]
+        _, batch, rows, _ = step.past_kv.shape
         self.check(batch, rows)
-        given = "float32" if self._cache_dtype == "bfloat16" else self._cache_dtype
-        with self._executor.lock:
-            sequences = DeviceSequences(self._executor, batch, slots, rows)
-            try:
-                sequences.fill(convert(step.past_kv, given, self._cache_dtype), step.past_len)
-                n_loops = step.n_loops if self.graph.loops is None else np.full(batch, self.graph.loops)
-                shape = StepShape(batch, seq, sequences.capacity, k, slots, int(n_loops.max()))
-                new_rows = np.empty((slots, batch, seq, width), STORAGE[self._cache_dtype])
-
-                def download(address: int, slot_stride: int) -> None:
-                    padded = self._executor.stream.download(address, np.uint8, (slots, slot_stride))
-                    new_rows[...] = padded[:, : new_rows[0].nbytes].view(new_rows.dtype).reshape(new_rows.shape)
-
-                values = {name: getattr(step, name) for name in ("input_ids", "past_len", "logit_positions")}
-                values["n_loops"] = n_loops
-                out = self._executor.run(shape, sequences.address, values, greedy=False, stop=stop, then=download)
-            finally:
-                sequences.close()
-        new_kv = convert(new_rows, self._cache_dtype, given)
-        return StepOutput(out["logits"], new_kv, out["exit_loop"].astype(np.int64, copy=False))
+        n_loops = step.n_loops if self.graph.loops is None else np.full(batch, self.graph.loops)
+        return run_once(self._executor, self.graph.cache_dtype, step._replace(n_loops=n_loops), stop)
 
     def close(self) -> None:
         """Frees all device memory; sequences that are left are closed. May be called again."""

@@ -1,7 +1,7 @@
 """The execution contexts of one form and profile of an engine, with the calls of kernels between them, and how they are chained:
 prelude, loop after loop, coda.
 
-Shape letters: B batch, S new tokens, K positions with logits, C capacity and W width of the cache.
+Shape letters: B batch, S new tokens, C capacity and W width of the cache.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from runtimes.device_weights import DeviceWeights
 from runtimes.dtypes import STORAGE
 from runtimes.engines import NEW_KV, NEXT, PAST_KV, STAGES, STATE, Engine, Plan, Profile
 from runtimes.errors import BackendError
-from runtimes.step_tensors import Tensor, passed_tensors, state_shapes, state_tensors
+from runtimes.step_tensors import StepShape, Tensor, passed_tensors, state_shapes, state_tensors
 from runtimes.tensorrt_api import DeserializedPlan, TensorRT
 
-REDUCED = ("next_token", "next_logprob", "exit_loop")  # outputs of a greedy step, in front of the block copied back
 _INPUTS = ("input_ids", "past_len", "logit_positions", "n_loops")
 _RESULTS = {
     "prelude": frozenset({"e"}),
@@ -32,22 +31,6 @@ _GIVEN = {
     "loop": frozenset({*STATE, "e", "past_len", "loop", "n_loops"}),
     "coda": frozenset({"result", "past_len", "logit_positions"}),
 }
-
-
-class StepShape(NamedTuple):
-    """B, S, C and K of a step, slots of its cache, and loops it runs."""
-
-    batch: int
-    seq: int
-    capacity: int
-    k: int
-    slots: int
-    loops: int
-
-    @property
-    def of_profile(self) -> dict[str, int]:
-        """The sizes that profiles limit."""
-        return {"batch": self.batch, "seq": self.seq, "capacity": self.capacity, "k": self.k}
 
 
 class Places(NamedTuple):

@@ -51,13 +51,20 @@ def test_bench_tells_of_the_device(
     monkeypatch.setattr("mythos_export.bandwidth._BYTES", 2**20)
     code, out, _ = call(monkeypatch, capsys, "bench", own_bundle, *options, "--json")
     assert code == 0
-    environment = json.loads(out)["environment"]
+    plain, environment = json.loads(out), json.loads(out)["environment"]
     assert (environment["engine"], environment["device"], environment["operators"]) == (KEY, "Fake GPU", None)
     assert environment["device_memory"]["batch"] == 2
-    code, out, _ = call(monkeypatch, capsys, "bench", own_bundle, *options)
+    assert environment["device_memory"]["weights"] < plain["device_memory_bytes"] < 2**30
+    monkeypatch.setitem(sys.modules, "cupti.cupti", None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    code, out, err = call(monkeypatch, capsys, "bench", own_bundle, *options, "--profile")
     assert f"Fake GPU, engine {KEY}; " in out
     assert "share of copy bandwidth" in out
-    assert "device memory " in out
+    assert "device memory planned " in out
+    assert "power not measured: the Python module pynvml" in out
+    assert code == 2
+    assert "the Python module cupti cannot be imported" in err
+    assert "pip install 'mythos-export[profile]'" in err
 
 
 def test_eval_against_the_same_bundle_on_onnxruntime(

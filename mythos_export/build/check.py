@@ -15,11 +15,11 @@ from mythos_export.divergence import divergence
 from runtimes.backend import Float32
 from runtimes.backends import open_backend
 from runtimes.bundle import Manifest
+from runtimes.device_memory import DeviceRequest
 from runtimes.dtypes import STORAGE
 from runtimes.engines import Engine
 from runtimes.errors import BackendError
 from runtimes.runner import Runner
-from runtimes.tensorrt_backend import DeviceRequest
 
 # Most mean KL(onnxruntime ‖ engine) in nats: what roundings of the dtype cost, with room; a wrong result costs whole nats.
 _LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}

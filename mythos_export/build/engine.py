@@ -21,10 +21,11 @@ import onnx_ir as ir
 from mythos_export import __version__, overloads
 from mythos_export.build.builder import BuiltPlan, Progress, build_plan
 from mythos_export.build.check import check_engine
-from mythos_export.build.lower import DTYPES, Lowered, LoweredExperts, is_cache, lower
+from mythos_export.build.lower import DTYPES, Lowered, LoweredExperts, has_plugins, is_cache, lower
 from mythos_export.build.options import MAX_CONTEXT, Limits, Options
 from mythos_export.config import MixtureOfExpertsConfig, ModelConfig
-from runtimes import cuda, cuda_kernels, tensorrt_api
+from runtimes import cuda, cuda_kernels, tensorrt_api, tensorrt_plugins
+from runtimes.backend import say_once
 from runtimes.bundle import Graph, Manifest, open_bundle
 from runtimes.cuda import OutOfDeviceMemory
 from runtimes.device_memory import BUCKET
@@ -67,7 +68,8 @@ def build_engine(
     which CUDA kernels compute unless it is float32. limits: default Limits(). force: replace an engine of that key.
     Where the GPU is at hand, the engine's results are held against onnxruntime's before it stays; see check_engine.
     Raises BackendError where TensorRT, the GPU or the CUDA kernels are missing, the graph is refused or results are wrong,
-    InputError for limits that make no sense, BundleError for a damaged bundle or an engine that exists.
+    InputError for limits that make no sense, BundleError for a damaged bundle or an engine that exists. From TensorRT 10 on, the
+    operators are TensorRT plugins where options.plugins and the library of them say so.
     """
     library = tensorrt_api.find(backend)
     options, limits = options or Options(), limits or Limits()
@@ -75,8 +77,10 @@ def build_engine(
     graph = manifest.graphs[0]
     dtype, context = _checked_dtype(dtype, manifest, library), _checked_context(limits, graph)
     device, capabilities = _target(library, options)
-    job = _Job(library, folder, manifest, dtype, limits, context, options, device, capabilities, progress)
-    forms = [_lowered(job, form, max_tokens) for form, max_tokens in _forms(manifest, limits)]
+    plugins = _uses_plugins(library, folder, graph, options.plugins)
+    job = _Job(library, folder, manifest, dtype, limits, context, options, device, capabilities, progress, plugins)
+    wanted = _forms([] if plugins else _experts(manifest), limits)
+    forms = [_lowered(job, form, max_tokens) for form, max_tokens in wanted]
     _check_types(library, forms)
     for way in range(library.n_ways - 1):
         try:
@@ -100,6 +104,7 @@ class _Job:
     device: str
     capabilities: tuple[str, ...]
     progress: Progress | None
+    plugins: bool
 
     @property
     def key(self) -> str:
@@ -129,7 +134,7 @@ def _lowered(job: _Job, form: str, max_tokens: int | None) -> _Form:
     }
     old_parser = not job.library.capabilities.strongly_typed
     graph = job.manifest.graphs[0]
-    parts = lower(job.folder, graph, job.dtype, form=form, sizes=fixed, old_parser=old_parser)
+    parts = lower(job.folder, graph, job.dtype, form=form, sizes=fixed, old_parser=old_parser, plugins=job.plugins)
     return _Form(form, max_tokens, profiles, parts)
 
 
@@ -212,6 +217,7 @@ def _metadata(
         plans=plans,
         experts=tuple(part.call for form in forms for part in form.parts if isinstance(part, LoweredExperts)),
         build_seconds=seconds,
+        plugins=tensorrt_plugins.NAME if job.plugins else None,  # type: ignore[arg-type]
     )
 
 
@@ -253,9 +259,25 @@ def _target(library: TensorRT, options: Options) -> tuple[str, tuple[str, ...]]:
     return device.name, (device.compute_capability,)
 
 
-def _forms(manifest: Manifest, limits: Limits) -> list[tuple[str, int | None]]:
-    """Forms to build, with the most tokens of a step each is for."""
-    experts = _experts(manifest)
+def _uses_plugins(library: TensorRT, folder: Path, graph: Graph, wanted: bool | None) -> bool:
+    """Whether the operators become plugins; if so, loads them. Raises BackendError where they are asked for and cannot be used."""
+    if wanted is False or (wanted is None and not library.capabilities.strongly_typed):
+        return False
+    problem = tensorrt_plugins.problem(library)
+    if problem is None and not has_plugins(folder, graph):
+        problem = "they compute with float matrices and caches only, and this bundle has others"
+    if problem is None:
+        tensorrt_plugins.load(library)
+        return True
+    if wanted:
+        raise BackendError(f"the TensorRT plugins cannot be used: {problem}")
+    if library.backend == "tensorrt":
+        say_once(f"the engine is built of standard operators, without the TensorRT plugins: {problem}")
+    return False
+
+
+def _forms(experts: Sequence[MixtureOfExpertsConfig], limits: Limits) -> list[tuple[str, int | None]]:
+    """Forms to build, with the most tokens of a step each is for, where TensorRT itself computes these experts."""
     many: list[tuple[str, int | None]] = [(overloads.MANY_TOKENS, None)]
     if not experts:
         return many

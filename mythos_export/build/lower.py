@@ -20,6 +20,7 @@ import onnxscript.optimizer
 from onnx_ir.passes import common as passes
 
 from mythos_export import overloads
+from mythos_export.build import plugins as trt_plugins
 from mythos_export.build.bodies import choose_bodies, input_names, matrix_of, split_linears
 from mythos_export.build.dialect import to_old_parser
 from mythos_export.build.initializers import integers
@@ -71,26 +72,34 @@ def lower(
     form: str,
     sizes: Mapping[str, int] | None = None,
     old_parser: bool = False,
+    plugins: bool = False,
 ) -> list[Lowered | LoweredExperts]:
     """Lowers a graph of the bundle in folder; returns the parts of its stages in the order they run (see stages.split).
 
     dtype: of the matrices and the cache, "float32", "float16" or "bfloat16"; norms, router, halting and sums stay float32. form:
     FEW_TOKENS or MANY_TOKENS of mythos_export.overloads. sizes: of dimensions that are the same in every step, by name. old_parser:
     for TensorRT before 10; float16 and bfloat16 are the dtype of experts alone then, where there are any, and CUDA kernels compute
-    those (see cut_at_experts). Raises BackendError for a bundle whose graph holds no bodies for engine builders.
+    those (see cut_at_experts). plugins: leave the operators to the TensorRT plugins, which serve any number of tokens; only where
+    has_plugins says so. Raises BackendError for a bundle whose graph holds no bodies for engine builders.
     """
     model = ir.load(folder / graph.file)
     kind = DTYPES[dtype]
     cut = old_parser and kind != ir.DataType.FLOAT and has_experts(model)
-    choose_bodies(model, form)
+    if not plugins:
+        choose_bodies(model, form)
     lowered: list[Lowered | LoweredExperts] = []
     for name, stage in split(model).items():
         for number, part in enumerate(cut_at_experts(stage) if cut else [Part(stage, kind)]):
             if isinstance(part, Experts):
                 lowered.append(_lower_experts(part, name, number, form, dtype))
             else:
-                lowered.append(Lowered(name, number, *_lower_part(part, sizes or {}, old_parser)))
+                lowered.append(Lowered(name, number, *_lower_part(part, sizes or {}, old_parser, plugins)))
     return lowered
+
+
+def has_plugins(folder: Path, graph: Graph) -> bool:
+    """Whether the TensorRT plugins compute all operators of a graph of the bundle in folder."""
+    return trt_plugins.are_enough(ir.load(folder / graph.file))
 
 
 def _lower_experts(experts: Experts, stage: str, part: int, form: str, dtype: str) -> LoweredExperts:
@@ -116,7 +125,7 @@ def _lower_experts(experts: Experts, stage: str, part: int, form: str, dtype: st
 
 
 def _lower_part(
-    part: Part, sizes: Mapping[str, int], old_parser: bool
+    part: Part, sizes: Mapping[str, int], old_parser: bool, plugins: bool
 ) -> tuple[ir.Model, dict[str, ir.ExternalTensor]]:
     model, dtype = part
     if old_parser:
@@ -124,6 +133,8 @@ def _lower_part(
     _fix_sizes(model, sizes)
     _set_dtype(model, dtype)
     _hold_small(model)
+    if plugins:
+        trt_plugins.to_plugins(model)
     _add_next_token(model)
     passes.InlinePass()(model)
     _read_caches_whole(model)
@@ -324,7 +335,7 @@ def _weights_to_inputs(model: ir.Model) -> dict[str, ir.ExternalTensor]:
 
 
 def _check_standard(model: ir.Model) -> None:
-    left = sorted({node.op_type for node in _nodes(model) if node.domain not in ("", "ai.onnx")})
+    left = sorted({node.op_type for node in _nodes(model) if node.domain not in ("", "ai.onnx", trt_plugins.DOMAIN)})
     if left:
         raise BackendError(
             f"operators without a body for engine builders are left: {', '.join(left)}; export the checkpoint again"

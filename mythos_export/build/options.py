@@ -21,9 +21,10 @@ class Limits:
 class Options:
     """workspace: bytes of device memory for scratch, None for all there is. optimization_level: 0 to 5, None for TensorRT's own.
     compute_capabilities: what TensorRT-RTX builds for, like "8.9"; none for the GPU at hand. check: hold the engine against
-    onnxruntime where the GPU is at hand."""
+    onnxruntime where the GPU is at hand. plugins: leave the operators to the TensorRT plugins; None where they can be used."""
 
     workspace: int | None = None
     optimization_level: int | None = None
     compute_capabilities: tuple[str, ...] = ()
     check: bool = True
+    plugins: bool | None = None
