@@ -16,7 +16,7 @@ using nlohmann::json;
 
 namespace {
 
-constexpr int64_t kFormatVersion = 5, kOldest = 4;
+constexpr int64_t kFormatVersion = 6, kOldest = 4;
 constexpr int64_t kBlock = 256;  // rows by which caches grow
 constexpr uintmax_t kManifestLimit = uintmax_t{64} << 20;  // bytes; a manifest is a few KB
 constexpr char kManifest[] = "manifest.json";
@@ -74,7 +74,7 @@ Graph graph_of(const json& object) {
   static const std::set<std::string> members{"file",          "weights",       "dtype",      "cache_dtype", "weight_dtype",
                                              "loops",         "max_loops",     "default_loops", "prelude_slots", "loop_slots",
                                              "coda_slots",    "cache_width",   "vocab_size", "max_seq_len"};
-  check_members(object, "a graph", members, {"window"});
+  check_members(object, "a graph", members, {"window", "cuda_file"});
   Graph graph;
   graph.file = object.at("file").get<std::string>();
   graph.weights = object.at("weights").get<std::vector<std::string>>();
@@ -107,8 +107,8 @@ Manifest parsed(const fs::path& path) {
     if (!head.is_object() || !head.contains("format") || head["format"] != "mythos-bundle")
       damaged(text(path) + ": \"format\" is not \"mythos-bundle\"; this is not a bundle of mythos-export");
     const json version = head.value("format_version", json());
-    if (version != kFormatVersion && version != kOldest)
-      damaged(text(path) + ": format version " + version.dump() + ", this release reads " + std::to_string(kOldest) + " and " +
+    if (!version.is_number_integer() || version < kOldest || version > kFormatVersion)
+      damaged(text(path) + ": format version " + version.dump() + ", this release reads " + std::to_string(kOldest) + " to " +
               std::to_string(kFormatVersion) +
               "; export the checkpoint again, or install the mythos-export that made the bundle");
     check_members(head, "the manifest", {"format", "format_version", "producer", "model", "graphs", "files", "source"},

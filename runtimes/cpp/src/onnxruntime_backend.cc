@@ -110,6 +110,7 @@ class OnnxRuntimeBackend : public Backend {
     Ort::SessionOptions options;
     options.SetIntraOpNumThreads(threads);
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);  // what goes wrong is reported
+    options.DisableMemPattern();   // it takes one block for all that a step computes and keeps all of it until the step ends
     options.DisableCpuMemArena();  // it grows in powers of two and keeps the largest prefill's memory; no speed was seen to come of it
     // Prepacked weights would be a second copy of every matrix; they stay mapped from the file instead.
     options.AddConfigEntry("session.disable_prepacking", "1");

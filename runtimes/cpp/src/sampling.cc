@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <limits>
 #include <string>
 
 #include "error.h"
@@ -20,156 +22,141 @@ double SplitMix64::uniform() { return static_cast<double>(next() >> 11) * 0x1p-5
 
 namespace {
 
-// The largest of logits [n], sixteen in turn; what is no number is passed over.
-float largest_of(const float* logits, int64_t n) {
+// The one of values [n] that comes before all others, sixteen in turn; what is no number is passed over. worst: where none is one.
+template <typename T, typename Before>
+T first_of(const T* values, int64_t n, T worst, Before before) {
   constexpr int64_t kLanes = 16;
-  float most[kLanes];
-  std::fill(most, most + kLanes, -HUGE_VALF);
+  T first[kLanes];
+  std::fill(first, first + kLanes, worst);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = logits[i + lane] > most[lane] ? logits[i + lane] : most[lane];
-  for (; i < n; ++i) most[0] = logits[i] > most[0] ? logits[i] : most[0];
-  return *std::max_element(most, most + kLanes);
+    for (int64_t lane = 0; lane < kLanes; ++lane) first[lane] = before(values[i + lane], first[lane]) ? values[i + lane] : first[lane];
+  for (; i < n; ++i) first[0] = before(values[i], first[0]) ? values[i] : first[0];
+  return *std::min_element(first, first + kLanes, before);
 }
 
-// Candidates by falling value, ties by rising id, put in order only as far as they are asked for: a draw seldom looks at many.
+template <typename T>
+T largest_of(const T* values, int64_t n) {
+  return first_of(values, n, -std::numeric_limits<T>::infinity(), std::greater<T>());
+}
+
+// The first place of the largest value; 0 where none is a number.
+template <typename T>
+int64_t place_of_largest(const T* values, int64_t n) {
+  const T* found = std::find(values, values + n, largest_of(values, n));
+  return found == values + n ? 0 : found - values;
+}
+
+// Candidates by falling value, ties by rising id. They are laid into bins by value; only the bin where a run of candidates ends is put
+// in order, as far as it must be.
 class Candidates {
  public:
   // So many, the likeliest.
   struct First {
     size_t n;
     double likelihood;  // of all of them
+    int64_t last;       // the id of the last one, where first_with met it
   };
 
   // scratch.scaled: their values, the largest of which is 0; scratch.likelihoods: the exponentials of those.
   explicit Candidates(Scratch& scratch)
-      : values_(scratch.scaled), likelihoods_(scratch.likelihoods), ranked_(scratch.ranked), left_(scratch.scaled.size()) {
-    ranked_.resize(left_);
+      : values_(scratch.scaled), likelihoods_(scratch.likelihoods), bin_of_(scratch.bin_of), bins_(scratch.bins), ranked_(scratch.ranked) {
+    constexpr double kDeepest = 36, kFlattest = 1e-9;  // all that lies deeper is one bin, all that is flatter too
+    const double least = first_of(values_.data(), static_cast<int64_t>(values_.size()), 0.0, std::less<double>());
+    const double depth = std::min(kDeepest, -least);
+    const double bins_a_unit = depth > kFlattest ? (kBins - 1) / depth : 0;
+    bin_of_.resize(values_.size());
+    for (size_t id = 0; id < values_.size(); ++id)
+      bin_of_[id] = static_cast<uint16_t>(std::min(-values_[id] * bins_a_unit, kBins - 1.0));
+    bins_.assign(kBins * kParts, Bin{});
+    for (size_t id = 0; id < values_.size(); ++id) {
+      Bin& part = bins_[bin_of_[id] * kParts + id % kParts];
+      part.likelihood += likelihoods_[id];
+      ++part.n;
+    }
   }
 
-  size_t size() const { return left_; }
-
-  // Leaves those of first_with; returns their total likelihood.
-  double keep(const First& first) {
-    found_ = left_ = first.n;
-    return first.likelihood;
-  }
-
-  // Leaves the first n, fewer than there are; returns their total likelihood.
-  double keep(size_t n) {
-    if (found_ < n) find(n);
-    std::nth_element(at(0), at(n - 1), at(found_), comes_before);
-    return keep(First{n, sum(0, n)});
-  }
-
-  // The fewest, from the first on, whose total likelihood is `enough`; all where it never is.
+  // The fewest, from the first on, that are enough(how many, their total likelihood); all where they never are.
   template <typename Enough>
   First first_with(Enough enough) {
-    constexpr size_t kFew = 24;
-    double reached = 0;
-    for (size_t from = 0; from < left_;) {
-      while (from == found_) find_next_band();
-      size_t to = found_;
-      // What is not enough is passed over unsorted: all that was found, if more is to come, then halves of it.
-      const double band = to < left_ ? sum(from, to) : HUGE_VAL;
-      if (!enough(reached + band)) {
-        reached += band;
-        from = to;
-        continue;
+    First first{0, 0, 0};
+    for (size_t bin = 0; bin < kBins; ++bin) {
+      Bin all;
+      for (size_t part = bin * kParts; part < (bin + 1) * kParts; ++part)
+        all = {all.n + bins_[part].n, all.likelihood + bins_[part].likelihood};
+      if (all.n == 0) continue;
+      if (!enough(first.n + all.n, first.likelihood + all.likelihood)) {
+        first.n += all.n;
+        first.likelihood += all.likelihood;
+      } else if (ends_in(bin, first, enough)) {
+        break;
       }
-      while (to - from > kFew) {
-        const size_t middle = from + (to - from) / 2;
-        std::nth_element(at(from), at(middle), at(to), comes_before);
-        const double half = sum(from, middle);
-        if (enough(reached + half)) {
+    }
+    return first;
+  }
+
+ private:
+  static constexpr size_t kBins = 1024, kParts = 4;  // each bin is summed in parts: one sum would wait for each addition
+
+  static bool comes_before(const Ranked& a, const Ranked& b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
+
+  // Adds candidates of this bin to `first` until they are enough. Returns whether they ever are: sums in another order may differ in
+  // their last digits.
+  template <typename Enough>
+  bool ends_in(size_t bin, First& first, Enough enough) {
+    constexpr std::ptrdiff_t kFew = 24;
+    ranked_.clear();
+    for (size_t id = 0; id < bin_of_.size(); ++id)
+      if (bin_of_[id] == bin) ranked_.push_back({values_[id], static_cast<int64_t>(id)});
+    for (auto from = ranked_.begin(); from != ranked_.end();) {
+      auto to = ranked_.end();
+      while (to - from > kFew) {  // halves that are not enough are passed over unsorted
+        const auto middle = from + (to - from) / 2;
+        std::nth_element(from, middle, to, comes_before);
+        First half = first;
+        for (auto each = from; each != middle; ++each) half = with(half, *each);
+        if (enough(half.n, half.likelihood)) {
           to = middle;
         } else {
-          reached += half;
+          first = half;
           from = middle;
         }
       }
-      std::sort(at(from), at(to), comes_before);
-      for (; from < to; ++from)
-        if (enough(reached += likelihood(from))) return {from + 1, reached};
+      std::sort(from, to, comes_before);
+      for (; from != to; ++from)
+        if (first = with(first, *from); enough(first.n, first.likelihood)) return true;
     }
-    return {left_, reached};
+    return false;
   }
 
-  // The last of those.
-  int64_t last(const First& first) const { return ranked_[first.n - 1].id; }
-
- private:
-  static bool comes_before(const Ranked& a, const Ranked& b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
-
-  std::vector<Ranked>::iterator at(size_t rank) { return ranked_.begin() + static_cast<std::ptrdiff_t>(rank); }
-
-  double likelihood(size_t rank) const { return likelihoods_[ranked_[rank].id]; }
-
-  double sum(size_t from, size_t to) const {
-    double parts[4] = {0, 0, 0, 0};  // one would wait for each addition
-    for (size_t rank = from; rank < to; ++rank) parts[rank % 4] += likelihood(rank);
-    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-  }
-
-  // Calls found with those whose values are not below least(), by rising id.
-  template <typename Least, typename Found>
-  void for_each(Least least, Found found) {
-    constexpr size_t kBlock = 32;  // most hold none of them
-    for (size_t block = 0; block < values_.size(); block += kBlock) {
-      const size_t end = std::min(block + kBlock, values_.size());
-      const double threshold = least();
-      int64_t within = 0;
-      for (size_t id = block; id < end; ++id) within += values_[id] >= threshold ? 1 : 0;
-      if (!within) continue;
-      for (size_t id = block; id < end; ++id)
-        if (values_[id] >= threshold) found(Ranked{values_[id], static_cast<int64_t>(id)});
-    }
-  }
-
-  // The first n, among others: what cannot be of them is left out from time to time.
-  void find(size_t n) {
-    double threshold = -HUGE_VAL;
-    found_ = 0;
-    for_each([&] { return threshold; }, [&](const Ranked& candidate) {
-      ranked_[found_++] = candidate;
-      if (found_ < 4 * n) return;
-      std::nth_element(at(0), at(n - 1), at(found_), comes_before);
-      threshold = ranked_[n - 1].value;
-      found_ = n;
-    });
-  }
-
-  // Those whose values lie in the next range downwards.
-  void find_next_band() {
-    constexpr double kDepth = 2, kDeepest = -20;  // everything below is one band
-    const double above = least_, least = above > 0 ? -kDepth : above > kDeepest ? above - kDepth : -HUGE_VAL;
-    for_each([&] { return least; }, [&](const Ranked& candidate) {
-      if (candidate.value < above) ranked_[found_++] = candidate;
-    });
-    least_ = least;
-  }
+  First with(const First& first, const Ranked& next) const { return {first.n + 1, first.likelihood + likelihoods_[next.id], next.id}; }
 
   const std::vector<double>&values_, &likelihoods_;
-  std::vector<Ranked>& ranked_;  // the first found_ of them, each before all others
-  size_t left_, found_ = 0;
-  double least_ = HUGE_VAL;  // value of what was found
+  std::vector<uint16_t>& bin_of_;  // each candidate's
+  std::vector<Bin>& bins_;
+  std::vector<Ranked>& ranked_;  // the candidates of one bin
 };
 
 // Draws from what top_k, top_p and min_p leave of scratch.scaled, the largest of which is 0.
 int64_t drawn(Scratch& scratch, const Sampling& sampling, double uniform) {
-  scratch.likelihoods.resize(scratch.scaled.size());
-  double total = exponentials(scratch.scaled.data(), scratch.scaled.size(), scratch.likelihoods.data());
+  const size_t n = scratch.scaled.size();
+  scratch.likelihoods.resize(n);
+  const double total = exponentials(scratch.scaled.data(), n, scratch.likelihoods.data());
   if (!std::isfinite(total))
     failed("the model's logits are no numbers, so none can be drawn; export the bundle again, and see what `mythos-export verify` says of it");
   Candidates candidates(scratch);
-  if (sampling.top_k && static_cast<size_t>(sampling.top_k) < candidates.size()) total = candidates.keep(static_cast<size_t>(sampling.top_k));
+  Candidates::First kept{n, total, 0};
+  const auto keep = [&](size_t most) {
+    if (most < kept.n) kept = candidates.first_with([&](size_t count, double) { return count >= most; });
+  };
+  if (sampling.top_k) keep(static_cast<size_t>(sampling.top_k));
   if (sampling.top_p < 1)
-    total = candidates.keep(candidates.first_with([&, all = total](double reached) { return reached / all >= sampling.top_p; }));
-  if (sampling.min_p > 0) {
-    const auto likely = std::count_if(scratch.likelihoods.begin(), scratch.likelihoods.end(), [&](double each) { return each >= sampling.min_p; });
-    if (static_cast<size_t>(likely) < candidates.size()) total = candidates.keep(static_cast<size_t>(likely));
-  }
-  return candidates.last(candidates.first_with([&](double reached) { return reached > uniform * total; }));
+    kept = candidates.first_with(
+        [&, of = kept](size_t count, double reached) { return reached / of.likelihood >= sampling.top_p || count >= of.n; });
+  if (sampling.min_p > 0)
+    keep(static_cast<size_t>(
+        std::count_if(scratch.likelihoods.begin(), scratch.likelihoods.end(), [&](double each) { return each >= sampling.min_p; })));
+  return candidates.first_with([&](size_t count, double reached) { return reached > uniform * kept.likelihood || count >= kept.n; }).last;
 }
 
 }  // namespace
@@ -193,10 +180,7 @@ void Sampling::check() const {
 }
 
 int64_t Sampling::choose(const float* logits, int64_t n, const std::vector<int64_t>& seen, SplitMix64& random, Scratch& scratch) const {
-  if (temperature == 0 && repetition_penalty == 1) {
-    const float* found = std::find(logits, logits + n, largest_of(logits, n));
-    return found == logits + n ? 0 : found - logits;  // where none is a number
-  }
+  if (temperature == 0 && repetition_penalty == 1) return place_of_largest(logits, n);
   std::vector<double>& values = scratch.scaled;
   values.assign(logits, logits + n);
   if (repetition_penalty != 1) {
@@ -208,9 +192,8 @@ int64_t Sampling::choose(const float* logits, int64_t n, const std::vector<int64
     }
     for (const int64_t id : seen) scratch.marked[id] = 0;
   }
-  const auto largest = std::max_element(values.begin(), values.end());
-  if (temperature == 0) return largest - values.begin();
-  const double top = *largest;
+  if (temperature == 0) return place_of_largest(values.data(), n);
+  const double top = largest_of(values.data(), n);
   for (double& value : values) value = (value - top) / temperature;
   return drawn(scratch, *this, random.uniform());
 }

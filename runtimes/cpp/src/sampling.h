@@ -1,6 +1,7 @@
 // Choosing the next token from logits: the algorithm of runtimes/sampling.py, step by step.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -24,9 +25,17 @@ struct Ranked {
   int64_t id;
 };
 
+// Tokens of about the same scaled logit: how many, and the sum of its exponentials.
+struct Bin {
+  size_t n = 0;
+  double likelihood = 0;
+};
+
 // Memory that choices of one thread use in turn, so that each need not ask the system for it.
 struct Scratch {
   std::vector<double> scaled, likelihoods;
+  std::vector<uint16_t> bin_of;
+  std::vector<Bin> bins;
   std::vector<Ranked> ranked;
   std::vector<char> marked;
 };

@@ -1,5 +1,7 @@
 #include "session.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -73,10 +75,17 @@ struct Session::Step {
   }
 };
 
+Buffer::~Buffer() {
+  if (data_) munmap(data_, bytes_);
+}
+
 void Buffer::resize(size_t bytes) {
-  void* moved = std::realloc(data_, std::max<size_t>(bytes, 1));
-  if (!moved) throw std::bad_alloc();
+  bytes = std::max<size_t>(bytes, 1);
+  void* moved = data_ ? mremap(data_, bytes_, bytes, MREMAP_MAYMOVE)
+                      : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (moved == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<char*>(moved);
+  bytes_ = bytes;
 }
 
 Session::Session(Backend& backend, MemoryBudget& budget, int64_t batch, const std::vector<int64_t>& n_loops, int64_t tokens)

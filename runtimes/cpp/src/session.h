@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -48,12 +47,12 @@ class MemoryShare {
   uint64_t bytes_;
 };
 
-// Memory that grows where it lies, as the system's realloc moves large blocks without copying them. What is not written yet takes
-// address space only.
+// Memory that grows without being copied, pages of the system's own: what is not written yet takes address space only, and malloc,
+// which keeps more free memory the larger the blocks that it gave out, does not learn of its size.
 class Buffer {
  public:
   explicit Buffer(size_t bytes) { resize(bytes); }
-  ~Buffer() { std::free(data_); }
+  ~Buffer();
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   // Throws std::bad_alloc.
@@ -62,6 +61,7 @@ class Buffer {
 
  private:
   char* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 using Rows = std::vector<std::vector<int64_t>>;
