@@ -1,7 +1,8 @@
 """Speed of a bundle on this machine, in llama-bench's terms: pp (prefill) and tg (decode) rows, mean and deviation.
 
 Beside tokens a second stands what a token must read (weights and cache), the bandwidth that makes, and its share of the read
-bandwidth measured in the same run: decode of one sequence is reading, so the share says how far there is to go.
+bandwidth measured in the same run: decode of one sequence is reading, so the share says how far there is to go. Where there is a
+meter of energy (meters.py), the tests run again under it: watts and tokens a joule.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,28 @@ import numpy as np
 import onnxruntime
 
 from mythos_export import __version__, footprint
-from mythos_export.bandwidth import DeviceBandwidth, ReadBandwidth
-from mythos_export.config import ModelConfig
+from mythos_export.bandwidth import Bandwidth, DeviceBandwidth, ReadBandwidth
+from mythos_export.config import LatentAttentionConfig, ModelConfig
+from mythos_export.footprint import Part
+from mythos_export.free_memory import FreeMemory
+from mythos_export.meters import find_meter
+from mythos_export.power import Power, Stopwatch, measure
+from mythos_export.profiling import Profile
 from runtimes import cuda, native_operators
-from runtimes.errors import InputError
+from runtimes.engine_folder import list_engines
+from runtimes.errors import BackendError, InputError
 from runtimes.runner import Runner, load
 from runtimes.session import check_n_loops
 
 Progress = Callable[[str, int, int], None]
+Test = Callable[[Stopwatch], None]
 
 
 @dataclass(frozen=True)
 class Row:
     """One test. Rates and bytes are a token of the whole batch; bandwidth_share is the median of the repetitions' shares of the
-    bandwidth probed beside each; ratio_to_reference is None without --reference."""
+    bandwidth probed beside each; watts and tokens_per_joule are None where there is no meter, ratio_to_reference without
+    --reference."""
 
     test: str
     tokens_per_second: float
@@ -43,12 +53,16 @@ class Row:
     bandwidth_share: float
     ratio_to_reference: float | None = None
     reference_tokens_per_second: float | None = None
+    watts: float | None = None
+    tokens_per_joule: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
     """What `mythos-export bench` prints. peak_memory_bytes: of this process, before the reference was loaded; weights_bytes and
-    cache_bytes: what of it the model itself needs."""
+    cache_bytes: what of it the model itself needs; device_memory_bytes: what less was free on the GPU during the tests than before,
+    CUDA's own part aside, None on a CPU. power: the meter's source and what else it saw, or the problem why there is none.
+    profile_problem: why there are no profiles though they were asked for."""
 
     rows: tuple[Row, ...]
     read_bandwidth_gb_per_second: float
@@ -56,6 +70,10 @@ class Report:
     weights_bytes: int
     cache_bytes: int
     environment: dict[str, Any]
+    device_memory_bytes: int | None = None
+    power: dict[str, Any] = field(default_factory=dict)
+    profiles: tuple[Profile, ...] = ()
+    profile_problem: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +94,7 @@ class Workload:
     backend: str = "auto"
     engine: str | None = None
     memory_limit: int | None = None
+    device: str | None = None
 
     @property
     def longest(self) -> int:
@@ -103,77 +122,139 @@ class Workload:
 
 
 def bench(
-    bundle: str | Path, workload: Workload, reference: str | Path | None = None, progress: Progress | None = None
+    bundle: str | Path,
+    workload: Workload,
+    reference: str | Path | None = None,
+    progress: Progress | None = None,
+    profile: bool = False,
 ) -> Report:
     """Measures a bundle; with reference, also the checkpoint in the reference package's own model in eager float32 torch, run in
-    turn with the bundle so that both see the same machine. Raises InputError or BundleError before measuring."""
+    turn with the bundle so that both see the same machine; with profile, also a step of each test, kernel by kernel, or why that
+    cannot be had. Raises InputError or BundleError before measuring."""
     workload.check_numbers()
-    runner = load(
+    # CUDA is not woken for a bundle that runs on the CPU.
+    memory = FreeMemory(
+        workload.device == "cuda" or (workload.backend != "onnxruntime" and bool(list_engines(Path(bundle))))
+    )
+    runner = open_runner(bundle, workload)
+    loops = workload.check(runner)
+    on_device = runner.device == "cuda"
+    tests = [name for name, tokens in (("pp", workload.prompt), ("tg", workload.new)) if tokens]
+    threads = workload.threads or os.cpu_count() or 1
+    ours = {name: runner_test(runner, name, workload, loops) for name in tests}
+    for test in ours.values():
+        test(Stopwatch(at_end=memory.look))  # warm-up
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    theirs = _reference_tests(reference, tests, workload, loops, threads) if reference is not None else {}
+    bandwidth = DeviceBandwidth() if on_device else ReadBandwidth(threads)
+    timed: dict[str, Callable[[], float]] = {name: partial(_seconds, test) for name, test in ours.items()}
+    measured, reference_seconds = _measure(timed, theirs, bandwidth, workload.repetitions, progress)
+    powers, power = _powers(ours, on_device)
+    rows = [
+        _row(runner, name, workload, loops, measured[name], reference_seconds[name], powers.get(name)) for name in tests
+    ]
+    about = {**environment(runner, threads), "loops": loops, "batch": workload.batch}
+    profiles: tuple[Profile, ...] = ()
+    problem = None
+    if profile:
+        from mythos_export.bench_profile import profile_tests
+
+        runner.close()
+        try:
+            profiles = profile_tests(bundle, workload, on_device, tests, loops, statistics.median(bandwidth.probes))
+        except BackendError as error:  # what was measured is told all the same
+            problem = str(error)
+    config = ModelConfig.from_dict(runner.manifest.model)
+    return Report(
+        tuple(rows),
+        statistics.median(bandwidth.probes),
+        peak,
+        sum(runner.manifest.files[name].size for name in runner.graph.weights),
+        workload.batch * footprint.cache_bytes(config, loops, workload.longest, runner.graph.cache_dtype),
+        {**about, "repetitions": workload.repetitions},
+        memory.taken() if on_device else None,
+        power,
+        profiles,
+        problem,
+    )
+
+
+def open_runner(bundle: str | Path, workload: Workload) -> Runner:
+    """A bundle loaded as a workload wants it."""
+    return load(
         bundle,
         workload.backend,
         workload.threads,
         workload.native,
+        device=workload.device,
         engine=workload.engine,
         max_batch=workload.batch,
         max_context=workload.longest,
         memory_limit=workload.memory_limit,
     )
-    loops = workload.check(runner)
-    tests = [name for name, tokens in (("pp", workload.prompt), ("tg", workload.new)) if tokens]
-    threads = workload.threads or os.cpu_count() or 1
-    ours = {name: _runner_test(runner, name, workload, loops) for name in tests}
-    for test in ours.values():
-        test()  # warm-up
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    theirs = _reference_tests(reference, tests, workload, loops, threads) if reference is not None else {}
-    bandwidth = ReadBandwidth(threads) if runner.engine is None else DeviceBandwidth()
+
+
+def _seconds(test: Test) -> float:
+    watch = Stopwatch()
+    test(watch)
+    return watch.seconds
+
+
+def _measure(
+    ours: dict[str, Callable[[], float]],
+    theirs: dict[str, Callable[[], float]],
+    bandwidth: Bandwidth,
+    repetitions: int,
+    progress: Progress | None,
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[float]]]:
+    """Seconds and bandwidth of every test and repetition, and the reference's seconds."""
     tell = progress or (lambda *_: None)
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in tests}
-    reference_seconds: dict[str, list[float]] = {name: [] for name in tests}
-    for at, name in enumerate(tests):
-        for repetition in range(workload.repetitions):
-            tell("measuring", at * workload.repetitions + repetition, len(tests) * workload.repetitions)
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ours}
+    reference_seconds: dict[str, list[float]] = {name: [] for name in ours}
+    for at, name in enumerate(ours):
+        for repetition in range(repetitions):
+            tell("measuring", at * repetitions + repetition, len(ours) * repetitions)
             measured[name].append(bandwidth.beside(ours[name]))
             if theirs:
                 reference_seconds[name].append(theirs[name]())
     tell("measuring", 1, 1)
-    rows = [_row(runner, name, workload, loops, measured[name], reference_seconds[name]) for name in tests]
-    weights = sum(runner.manifest.files[name].size for name in runner.graph.weights)
-    config = ModelConfig.from_dict(runner.manifest.model)
-    cache = workload.batch * footprint.cache_bytes(config, loops, workload.longest, runner.graph.cache_dtype)
-    return Report(
-        tuple(rows),
-        statistics.median(bandwidth.probes),
-        peak,
-        weights,
-        cache,
-        {**environment(runner, threads), "loops": loops, "batch": workload.batch, "repetitions": workload.repetitions},
-    )
+    return measured, reference_seconds
 
 
-def _runner_test(runner: Runner, name: str, workload: Workload, loops: int) -> Callable[[], float]:
+def _powers(tests: dict[str, Test], on_device: bool) -> tuple[dict[str, Power], dict[str, Any]]:
+    """What each test draws, and who measured it or why nobody did."""
+    meter, problem = find_meter(on_device)
+    if meter is None:
+        return {}, {"problem": problem}
+    try:
+        powers = {name: measure(meter, test) for name, test in tests.items()}
+        return powers, {"source": meter.source, **meter.about()}
+    finally:
+        meter.close()
+
+
+def runner_test(runner: Runner, name: str, workload: Workload, loops: int, before: int = 0) -> Test:
+    """The test of that name, pp or tg. before: steps of tg that are not timed."""
     tokens = _tokens(runner.graph.vocab_size, workload)
 
-    def prefill() -> float:
+    def prefill(watch: Stopwatch) -> None:
         session = runner.session(workload.batch, loops, tokens=workload.prompt)
-        began = time.perf_counter()
-        session.advance(tokens[:, : workload.prompt].tolist())
-        seconds = time.perf_counter() - began
+        with watch:
+            session.advance(tokens[:, : workload.prompt].tolist())
         session.close()
-        return seconds
 
-    def decode() -> float:
+    def decode(watch: Stopwatch) -> None:
         session = runner.session(workload.batch, loops, tokens=workload.context + 1 + workload.new)
         session.advance(tokens[:, : workload.context + 1].tolist())
         steps = [column[:, None].tolist() for column in tokens[:, workload.context + 1 :].T[: workload.new]]
-        # As generate does when greedy: an engine chooses on the device. On onnxruntime the choice is ours, not the model's.
-        advance = session.advance if runner.engine is None else session.advance_greedy
-        began = time.perf_counter()
-        for step in steps:
+        # As generate does when greedy: a GPU chooses on the device. On the CPU the choice is ours, not the model's.
+        advance = session.advance if runner.device == "cpu" else session.advance_greedy
+        for step in steps[:before]:
             advance(step)
-        seconds = time.perf_counter() - began
+        with watch:
+            for step in steps[before:]:
+                advance(step)
         session.close()
-        return seconds
 
     return prefill if name == "pp" else decode
 
@@ -224,6 +305,7 @@ def _row(
     loops: int,
     measured: list[tuple[float, float]],
     reference_seconds: list[float],
+    power: Power | None,
 ) -> Row:
     each = workload.prompt if name == "pp" else workload.new
     tokens = each * workload.batch
@@ -241,21 +323,32 @@ def _row(
         bandwidth_share=statistics.median(shares),
         ratio_to_reference=tokens / statistics.median(seconds for seconds, _ in measured) / theirs if theirs else None,
         reference_tokens_per_second=theirs,
+        watts=power.watts if power else None,
+        tokens_per_joule=tokens / power.joules if power else None,
     )
 
 
 def bytes_per_token(runner: Runner, name: str, workload: Workload, loops: int) -> float:
     """Bytes a token must read and write: weights once a step (a prefill is one step), live cache rows, the new rows."""
+    tokens = workload.batch * (workload.prompt if name == "pp" else 1)
+    return sum(step_bytes(runner, name, workload, loops).values()) / tokens
+
+
+def step_bytes(runner: Runner, name: str, workload: Workload, loops: int) -> dict[Part, float]:
+    """Bytes that a step of a test (of tg, a step in the middle) must read and write, by part of the model."""
     manifest, graph = runner.manifest, runner.graph
     config = ModelConfig.from_dict(manifest.model)
-    storage = footprint.Storage.of("float32" if graph.dtype == "float32" else graph.weight_dtype, manifest.quantization)
-    batch, row = workload.batch, footprint.cache_bytes(config, loops, 1, graph.cache_dtype)
+    widened = runner.device == "cpu" and graph.dtype == "float32"
+    storage = footprint.Storage.of("float32" if widened else graph.weight_dtype, manifest.quantization)
+    row = footprint.cache_bytes(config, loops, 1, graph.cache_dtype)
     if name == "pp":
-        weights = footprint.weight_bytes_read(config, loops, batch * workload.prompt, storage)
-        return weights / (batch * workload.prompt) + row
-    weights = footprint.weight_bytes_read(config, loops, batch, storage)
-    mean_past = workload.context + 1 + (workload.new - 1) / 2
-    return weights / batch + row * (min(mean_past, config.window or mean_past) + 1)
+        tokens, rows = workload.batch * workload.prompt, float(workload.prompt)
+    else:
+        mean_past = workload.context + 1 + (workload.new - 1) / 2
+        tokens, rows = workload.batch, min(mean_past, config.window or mean_past) + 1
+    is_latent = isinstance(config.layers[0].attention, LatentAttentionConfig)
+    cache = Part("LatentAttention" if is_latent else "GroupedQueryAttention", "cache")
+    return {**footprint.parts_read(config, loops, tokens, storage), cache: workload.batch * row * rows}
 
 
 def environment(runner: Runner, threads: int) -> dict[str, Any]:
@@ -268,7 +361,7 @@ def environment(runner: Runner, threads: int) -> dict[str, Any]:
         "backend": runner.backend,
         "operators": _operators(runner),
         "engine": runner.engine,
-        "device": cuda.device().name if runner.engine is not None else None,
+        "device": cuda.device().name if runner.device == "cuda" else None,
         "device_memory": runner.memory,
         "onnxruntime": onnxruntime.__version__,
         "python": platform.python_version(),
@@ -281,9 +374,11 @@ def environment(runner: Runner, threads: int) -> dict[str, Any]:
 
 
 def _operators(runner: Runner) -> str | None:
-    """Instruction set of the native kernels, or "portable"; None where an engine runs."""
+    """Instruction set of the native kernels, "cuda" or "portable"; None where an engine runs."""
     if runner.engine is not None:
         return None
+    if runner.device == "cuda":
+        return "cuda"
     return native_operators.instruction_set() if runner.native else "portable"
 
 

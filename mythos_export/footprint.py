@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mythos_export.config import AttentionConfig, DenseConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 
@@ -36,6 +36,24 @@ class Storage:
         return numbers * self.matrices.get(name, self.matrix)
 
 
+class Part(NamedTuple):
+    """What a step reads: an operator of the graph, and which of its weights (one of `matrix`, `w_uk`, `w_uv`, `gate_up`, `down`,
+    `head`; `rest`: norms, routers, biases, decays)."""
+
+    operator: str
+    weights: str
+
+
+def _operator_of(name: str, is_mixture: bool) -> Part:
+    """The operator that a layer's matrix belongs to."""
+    block, _, matrix = name.removesuffix(".weight").rpartition(".")
+    if block.endswith("ffn"):
+        return Part("MixtureOfExperts" if is_mixture else "FeedForward", matrix)
+    if matrix in ("w_uk", "w_uv"):
+        return Part("LatentAttention", matrix)
+    return Part("ResidualLinear" if matrix == "out" else "NormalizedLinear", "matrix")
+
+
 @dataclass(frozen=True)
 class LayerSize:
     """Parameters of a layer that every token reads, in matrices by name and besides; those of one routed expert, and how many
@@ -51,10 +69,16 @@ class LayerSize:
     def total(self) -> int:
         return sum(self.matrices.values()) + self.rest + self.n_experts * sum(self.expert.values())
 
-    def read(self, tokens: int, storage: Storage) -> float:
+    def parts_read(self, tokens: int, storage: Storage) -> dict[Part, float]:
         """Bytes read for so many tokens at once: of the experts that they choose in the mean, were every choice as likely."""
         left_out = (1 - self.top_k / self.n_experts) ** tokens if self.n_experts else 0
-        return self.bytes(storage, self.n_experts * (1 - left_out))
+        experts, is_mixture = self.n_experts * (1 - left_out), bool(self.n_experts)
+        parts = {_operator_of("ffn.rest", is_mixture): storage.rest * self.rest}
+        for times, matrices in ((1.0, self.matrices), (experts, self.expert)):
+            for name, numbers in matrices.items():
+                part = _operator_of(name, is_mixture)
+                parts[part] = parts.get(part, 0.0) + times * storage.bytes(name, numbers)
+        return parts
 
     def bytes(self, storage: Storage, experts: float) -> float:
         """Of what every token reads, and of so many routed experts."""
@@ -131,13 +155,28 @@ def weight_bytes(config: ModelConfig, storage: Storage = Storage()) -> float:
     return layers + ends + storage.rest * (_loop_parts(config) + config.dim)
 
 
+def parts_read(config: ModelConfig, n_loops: int, tokens: int = 1, storage: Storage = Storage()) -> dict[Part, float]:
+    """Bytes of weights read by one step over so many tokens, by part, looped layers counted once a loop. A layer's norms and biases
+    count with its feed-forward block, what surrounds the looped layers with RecurrentUpdate."""
+    parts: dict[Part, float] = {}
+
+    def add(part: Part, n_bytes: float) -> None:
+        parts[part] = parts.get(part, 0.0) + n_bytes
+
+    for times, groups in ((1, ("prelude", "coda")), (n_loops, ("recurrent.layers",))):
+        for size in _sizes(config, *groups):
+            for part, n_bytes in size.parts_read(tokens, storage).items():
+                add(part, times * n_bytes)
+    if config.loop:
+        add(Part("RecurrentUpdate", "rest"), n_loops * storage.rest * _loop_parts(config))
+    head = storage.bytes("embed" if config.tie_embeddings else "head", config.vocab_size * config.dim)
+    add(Part("NormalizedLinear", "head"), head + storage.rest * config.dim)
+    return parts
+
+
 def weight_bytes_read(config: ModelConfig, n_loops: int, tokens: int = 1, storage: Storage = Storage()) -> float:
     """Bytes of weights read by one step over so many tokens, looped layers counted once a loop."""
-    once = sum(size.read(tokens, storage) for size in _sizes(config, "prelude", "coda"))
-    looped = sum(size.read(tokens, storage) for size in _sizes(config, "recurrent.layers"))
-    looped += storage.rest * _loop_parts(config)
-    head = storage.bytes("embed" if config.tie_embeddings else "head", config.vocab_size * config.dim)
-    return once + n_loops * looped + head + storage.rest * config.dim
+    return sum(parts_read(config, n_loops, tokens, storage).values())
 
 
 def cache_bytes(config: ModelConfig, n_loops: int, tokens: int, cache_dtype: str) -> int:

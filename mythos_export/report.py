@@ -53,6 +53,10 @@ def bench_report(report: Report, form: str) -> str:
         header += ["reference t/s", "ratio"]
         for cells, row in zip(rows, report.rows, strict=True):
             cells += [f"{row.reference_tokens_per_second:.2f}", f"{row.ratio_to_reference:.2f}×"]
+    if any(row.watts for row in report.rows):
+        header += ["W", "t/J"]
+        for cells, row in zip(rows, report.rows, strict=True):
+            cells += [f"{row.watts:.1f}", f"{row.tokens_per_joule:.3g}"]
     if form == "csv":
         text = io.StringIO()
         names = list(report.to_dict()["rows"][0])
@@ -70,8 +74,13 @@ def bench_report(report: Report, form: str) -> str:
         f"{environment['parameters'] / 1e6:.1f} M parameters in {environment['weight_dtype']}, {environment['cache_dtype']} cache, "
         f"{depth(loops, loops)}, batch {environment['batch']}\n{table}\n"
         f"{kind} bandwidth here {report.read_bandwidth_gb_per_second:.1f} GB/s; "
-        f"{_memory(report)}"
+        f"{_memory(report)}\n{_power(report)}"
     )
+
+
+def _power(report: Report) -> str:
+    source = report.power.get("source")
+    return f"power by {source}" if source else f"power not measured: {report.power['problem']}"
 
 
 def _where(environment: dict[str, Any]) -> str:
@@ -84,11 +93,12 @@ def _where(environment: dict[str, Any]) -> str:
 
 
 def _memory(report: Report) -> str:
-    planned = report.environment["device_memory"]
+    planned, taken = report.environment["device_memory"], report.device_memory_bytes
+    peak = "" if taken is None else f", at most {size(taken)} taken"
     if planned is not None:
         names = ("weights", "activations", "workspace", "cache", "staging")
         parts = ", ".join(f"{name} {size(planned[name])}" for name in names if planned[name])
-        return f"device memory {size(planned['needed'])}: {parts}"
+        return f"device memory planned {size(planned['needed'])} ({parts}){peak}"
     return (
         f"peak memory {size(report.peak_memory_bytes)}, of it weights {size(report.weights_bytes)}, "
         f"cache {size(report.cache_bytes)}"
@@ -354,12 +364,14 @@ def doctor_report(plain: dict[str, Any], brief: bool = False) -> str:
     else:
         native = f"none, the portable bodies run: {plain['missing']['native operators']}"
     kernels = plain["cuda_kernels"] or f"none: {plain['missing']['CUDA kernels']}"
+    operators = plain["cuda_operators"] or "none"
     packages = [[name, version or "missing"] for name, version in plain["packages"].items()]
     return (
         f"mythos-export {plain['mythos_export']}, Python {plain['python']}, {plain['cpu']}\n{plain['platform']}\n"
         + markdown_table(["package", "version"], packages)
         + f"\nnative operators: {native}"
         + f"\nCUDA kernels: {kernels}"
+        + f"\nCUDA operators for onnxruntime: {operators}"
         + f"\nonnxruntime providers: {', '.join(plain['onnxruntime_providers']) or 'none'}\n"
         + "\n".join(can)
     )
