@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from tokenizers import Tokenizer
 
-from mythos_export import __version__, ops
+from mythos_export import __version__, cuda_graph, ops
 from mythos_export.checkpoint import Checkpoint, load_checkpoint
 from mythos_export.config import ModelConfig
 from mythos_export.families.family import Pack
@@ -26,6 +26,7 @@ from runtimes.folder_writer import HashedFile
 
 GRAPH_FILE = "decoder.onnx"
 WIDE_GRAPH_FILE = "decoder.float32.onnx"
+CUDA_GRAPH_FILE = "decoder.cuda.onnx"
 WEIGHTS_FILE = "weights.bin"
 TOKENIZER_FILE = "tokenizer.json"
 # What transformers reads beside a tokenizer.json; the Runner does without.
@@ -73,14 +74,19 @@ def export_bundle(
     needed = _bytes_needed(checkpoint.config, max_loops, DTYPES[dtype])
     with BundleWriter(target, force=force, needed_bytes=needed) as writer:
         tell("tracing", 0, 1)
-        traced = [form.traced(checkpoint.config, loops, max_loops) for form in forms]
+        cuda_form = _cuda_form(forms)
+        traced = {
+            form: form.traced(checkpoint.config, loops, max_loops) for form in {**dict.fromkeys(forms), cuda_form: None}
+        }
         tell("tracing", 1, 1)
-        stored = traced[0].parameters
+        stored = traced[forms[0]].parameters
         offsets = _write_weights(writer.create(WEIGHTS_FILE), stored, packs, tell)
-        for form, graph in zip(forms, traced, strict=True):
+        for form, graph in traced.items():
             store_reduced(graph.model, stored)
             _attach(graph.model, stored, offsets)
-            write_graph(writer.create(form.file), graph.model)
+            if form in forms:
+                write_graph(writer.create(form.file), graph.model)
+        cuda_file = write_cuda_graph(writer, traced[cuda_form].model)
         for name, path in _companions(checkpoint, text_file).items():
             writer.create(name).write(path.read_bytes())
         return writer.commit(
@@ -89,7 +95,10 @@ def export_bundle(
                 format_version=FORMAT_VERSION,
                 producer=f"mythos-export {__version__}",
                 model=checkpoint.config.to_dict(),
-                graphs=tuple(form.graph(checkpoint.config, dtype, loops, max_loops) for form in forms),
+                graphs=tuple(
+                    form.graph(checkpoint.config, dtype, loops, max_loops, cuda_file if form is forms[0] else None)
+                    for form in forms
+                ),
                 files={},
                 source=checkpoint.source,
                 tokenizer=TOKENIZER_FILE if text_file else None,
@@ -110,7 +119,9 @@ class _Form:
         cache_dtype = torch.int8 if self.cache_dtype == "int8" else DTYPES[self.cache_dtype]
         return trace(config, loops=loops, max_loops=max_loops, dtype=DTYPES[self.dtype], cache_dtype=cache_dtype)
 
-    def graph(self, config: ModelConfig, weight_dtype: str, loops: int | None, max_loops: int) -> Graph:
+    def graph(
+        self, config: ModelConfig, weight_dtype: str, loops: int | None, max_loops: int, cuda_file: str | None
+    ) -> Graph:
         looped = config.loop is not None
         return Graph(
             file=self.file,
@@ -128,6 +139,7 @@ class _Form:
             vocab_size=config.vocab_size,
             max_seq_len=config.max_seq_len,
             window=config.window,
+            cuda_file=cuda_file,
         )
 
 
@@ -142,6 +154,13 @@ def _forms(dtype: str, cache_dtype: str | None) -> list[_Form]:
     if dtype != "float32":
         forms.append(_Form(WIDE_GRAPH_FILE, "float32", cache_dtype or ("float32" if dtype == "bfloat16" else dtype)))
     return forms
+
+
+def _cuda_form(forms: list[_Form]) -> _Form:
+    """What the graph for onnxruntime's CUDA provider is made of: it computes in float32, over the cache of the first form."""
+    wanted = _Form(CUDA_GRAPH_FILE, "float32", forms[0].cache_dtype)
+    same = (form for form in forms if (form.dtype, form.cache_dtype) == (wanted.dtype, wanted.cache_dtype))
+    return next(same, wanted)
 
 
 def _depth(config: ModelConfig, loops: int | None, max_loops: int | None) -> int:
@@ -267,3 +286,15 @@ def attach_functions(model: ir.Model) -> None:
 def write_graph(file: HashedFile, model: ir.Model) -> None:
     proto = ir.to_proto(model)
     file.write(proto.SerializeToString(deterministic=True))
+
+
+def write_cuda_graph(writer: BundleWriter, model: ir.Model) -> str | None:
+    """Makes a float32 graph the one for onnxruntime's CUDA provider and writes it; returns its file's name.
+
+    None, and the graph stays as it was, where the CUDA library lacks an operator of it.
+    """
+    if not cuda_graph.serves(model):
+        return None
+    cuda_graph.rewrite(model)
+    write_graph(writer.create(CUDA_GRAPH_FILE), model)
+    return CUDA_GRAPH_FILE

@@ -15,6 +15,7 @@ from runtimes import cuda, cuda_kernels, native_operators, tensorrt_api
 from runtimes.bundle import open_bundle
 from runtimes.engine_folder import engine_summaries
 from runtimes.errors import BackendError
+from runtimes.native_library import library_path
 
 
 def inspect_bundle(bundle: str | Path) -> dict[str, Any]:
@@ -55,7 +56,9 @@ _NEEDS = {
     "export": ["torch", "onnx", "onnxscript", "onnx-ir", "safetensors"],
     "generate in transformers": ["torch", "transformers"],
     "compare with the reference": ["open-mythos"],
+    "power and kernels of a GPU in bench": ["nvidia-ml-py", "cupti-python"],
 }
+_ON_CUDA = "run on an NVIDIA GPU with onnxruntime"
 
 
 def doctor() -> dict[str, Any]:
@@ -65,21 +68,26 @@ def doctor() -> dict[str, Any]:
     can["compare with the reference"] &= can["export"]
     providers: list[str] = []
     problem: str | None = "onnxruntime is missing"
+    no_cuda: str | None = problem
     if packages["onnxruntime"]:
         import onnxruntime
 
         from runtimes.onnxruntime_backend import native_problem
+        from runtimes.onnxruntime_cuda import cuda_problem
 
         providers = onnxruntime.get_available_providers()
-        problem = native_problem()
+        problem, no_cuda = native_problem(), cuda_problem()
     fixes = {
         "run": "pip install mythos-export",
         "export": "pip install 'mythos-export[export]'",
         "generate in transformers": "pip install 'mythos-export[transformers]'",
         "compare with the reference": "pip install 'mythos-export[export]' and pip install --no-deps open-mythos==0.5.0",
+        "power and kernels of a GPU in bench": "pip install 'mythos-export[profile]'",
     }
-    no_kernels = cuda_kernels.problem()
-    engines = {f"run engines of {backend}": _engine_problem(backend) for backend in tensorrt_api.BACKENDS}
+    no_kernels, cuda_operators = cuda_kernels.problem(), library_path("mythos_ops_cuda")
+    on_gpu = {_ON_CUDA: no_cuda} | {
+        f"run engines of {backend}": _engine_problem(backend) for backend in tensorrt_api.BACKENDS
+    }
     return {
         "mythos_export": __version__,
         "python": platform.python_version(),
@@ -90,11 +98,12 @@ def doctor() -> dict[str, Any]:
         "native_operators": None if problem else native_operators.instruction_set(),
         "native_library": None if problem else str(native_operators.LIBRARY),
         "cuda_kernels": None if no_kernels else str(cuda_kernels.LIBRARY),
-        "can": can | {task: found is None for task, found in engines.items()},
+        "cuda_operators": str(cuda_operators) if cuda_operators.is_file() else None,
+        "can": can | {task: found is None for task, found in on_gpu.items()},
         "missing": {task: fixes[task] for task, ok in can.items() if not ok}
         | ({"native operators": problem} if problem else {})
         | ({"CUDA kernels": no_kernels} if no_kernels else {})
-        | {task: found for task, found in engines.items() if found},
+        | {task: found for task, found in on_gpu.items() if found},
     }
 
 

@@ -40,20 +40,21 @@ def verify_bundle(
     text: str | Path | None = None,
     tokens: int = 256,
     loops: Sequence[int] | None = None,
+    device: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Parity:
-    """Compares a bundle on onnxruntime with its checkpoint in torch and writes the figures into the manifest.
+    """Compares a bundle on onnxruntime with its checkpoint in torch and writes the figures of the CPU into the manifest.
 
     text: file whose first `tokens` tokens are the input (default: random ids). loops: counts to check (default: the trained
-    one, or the fixed one). Checks, each the largest absolute error: logits, new_kv, exit_loop against the model in torch with
-    the bundle's rounding of weights and cache; decode, the last 8 tokens fed one by one; reference, logits against the package
-    open-mythos, or transformers, where it is installed and weights and cache are float32.
+    one, or the fixed one). device: that onnxruntime runs on, see load. Checks, each the largest absolute error: logits, new_kv,
+    exit_loop against the model in torch with the bundle's rounding of weights and cache; decode, the last 8 tokens fed one by one;
+    reference, logits against the package open-mythos, or transformers, where it is installed and weights and cache are float32.
     A float16 or int8 cache rounds: the last bit of a float may move a cached number by a level, and with it a token's choice of an
     expert. There an error is that of the median token, that of new_kv a share of the row's largest magnitude, and the tolerances
     (TOLERANCES) are wider. Raises InputError where bundle and checkpoint do not belong together.
     """
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
-    runner = load(bundle, "onnxruntime")
+    runner = load(bundle, "onnxruntime", device=device)
     if ModelConfig.from_dict(runner.manifest.model) != checkpoint.config:
         raise InputError(
             f"{bundle}: was exported from another model than {checkpoint.source.name}; pass its own checkpoint"
@@ -61,6 +62,10 @@ def verify_bundle(
     if runner.manifest.quantization is not None:
         raise InputError(
             f"{bundle}: is quantized, so it differs from its checkpoint by design; judge it with `mythos-export eval`"
+        )
+    if runner.graph.cache_dtype not in TOLERANCES:
+        raise InputError(
+            f"{bundle}: its cache is {runner.graph.cache_dtype}, of which no tolerance is known; judge it with `mythos-export eval`"
         )
     depths = [int(check_n_loops(runner.graph, depth, 1)[0]) for depth in (loops or [None])]  # type: ignore[list-item]
     ids = _input_ids(runner, text, tokens)
@@ -78,7 +83,8 @@ def verify_bundle(
     parity = Parity(
         f"torch {torch.__version__}" + (f", {reference.version(checkpoint)}" if oracle else ""), len(ids), tuple(checks)
     )
-    rewrite_manifest(Path(bundle), msgspec.structs.replace(runner.manifest, parity=parity))
+    if runner.device == "cpu":
+        rewrite_manifest(Path(bundle), msgspec.structs.replace(runner.manifest, parity=parity))
     return parity
 
 

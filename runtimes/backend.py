@@ -115,11 +115,16 @@ class Sequences(Protocol):
         ...
 
 
+PREFILL_CHUNK = 512  # tokens a step: bounds the memory of scores and expert inputs, long enough to use the cores
+
+
 class Backend(Protocol):
     """Runs a bundle's graph: any batch, any number of new tokens within its limits."""
 
     name: str
+    prefill_chunk: int  # tokens of a prefill step where the caller names none
     graph: Graph  # as it runs here: dtype and cache_dtype may differ from the bundle's
+    device: str  # "cpu" or "cuda": where it computes
     native: bool  # whether the native operators run, not their portable bodies
     max_context: int  # tokens a sequence can have
 

@@ -1,4 +1,4 @@
-"""Which backend runs a bundle: an engine that fits this machine, else onnxruntime, saying why."""
+"""Which backend runs a bundle, and where: an engine that fits this machine, else onnxruntime, saying why."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 from runtimes import cuda, tensorrt_api
 from runtimes.backend import Backend, say_once
 from runtimes.bundle import Manifest
+from runtimes.device_memory import DeviceRequest
 from runtimes.engine_folder import FOLDER, list_engines
 from runtimes.engines import Engine, fits
 from runtimes.errors import BackendError, BundleError, InputError, MythosError
-from runtimes.tensorrt_backend import DeviceRequest, TensorRTBackend
+from runtimes.tensorrt_backend import TensorRTBackend
 
 BACKENDS = ("auto", "onnxruntime", *tensorrt_api.BACKENDS)
+DEVICES = ("cpu", "cuda")
 _SPEED = ("float16", "bfloat16", "float32")  # fastest first
 _log = logging.getLogger("mythos_export")
 
@@ -22,20 +24,24 @@ def open_backend(
     name: str, folder: Path, manifest: Manifest, threads: int | None, native: bool | None, request: DeviceRequest
 ) -> Backend:
     """The backend of that name, ready to run the bundle in a folder. "auto" takes an engine that fits, else onnxruntime, and says
-    once why no engine of the bundle could be used; a bundle without engines is run there silently. An engine that is named is
-    never replaced by anything else.
+    once why no engine of the bundle could be used; a bundle without engines is run there silently. An engine or a device that is
+    named is never replaced by anything else; without one, onnxruntime runs on the CPU.
 
-    Raises BackendError for an unknown or failing backend, BundleError for a damaged engine, InputError for a request that the
-    engine cannot serve, MemoryLimitError for weights beyond a limit.
+    Raises BackendError for an unknown or failing backend or device, BundleError for a damaged engine, InputError for a request that
+    the engine cannot serve, MemoryLimitError for weights beyond a limit.
     """
     if name not in BACKENDS:
         raise BackendError(f'backend is "{name}"; expected one of {", ".join(BACKENDS)}')
-    if name == "onnxruntime":
+    device = request.device
+    if device is not None and device not in DEVICES:
+        raise BackendError(f'device is "{device}"; expected one of {", ".join(DEVICES)}')
+    if name == "onnxruntime" or (name == "auto" and device == "cpu"):
         if request.engine is not None:
-            raise InputError(
-                f"engine {request.engine} is TensorRT's, backend onnxruntime uses none; leave one of them out"
-            )
-        return _on_cpu(folder, manifest, threads, native, request.memory_limit)
+            asked = "backend onnxruntime" if name == "onnxruntime" else "device cpu"
+            raise InputError(f"engine {request.engine} is TensorRT's, {asked} uses none; leave one of them out")
+        return _on_onnxruntime(folder, manifest, threads, native, request)
+    if device == "cpu":
+        raise InputError(f"backend {name} runs on a GPU, device is cpu; leave one of them out")
     kinds = tensorrt_api.BACKENDS if name == "auto" else (name,)
     if name != "auto" or request.engine is not None:
         return _open_engine(kinds, folder, manifest, request)
@@ -44,15 +50,22 @@ def open_backend(
             return _open_engine(kinds, folder, manifest, request)
     except MythosError as error:
         say_once(f"no engine of the bundle is used, onnxruntime runs instead: {error}")
-    return _on_cpu(folder, manifest, threads, native, request.memory_limit)
+    return _on_onnxruntime(folder, manifest, threads, native, request)
 
 
-def _on_cpu(
-    folder: Path, manifest: Manifest, threads: int | None, native: bool | None, memory_limit: int | None
+def _on_onnxruntime(
+    folder: Path, manifest: Manifest, threads: int | None, native: bool | None, request: DeviceRequest
 ) -> Backend:
-    from runtimes.onnxruntime_backend import OnnxRuntimeBackend  # a device that runs engines alone needs no onnxruntime
+    # Imported here: a device that runs engines alone needs no onnxruntime.
+    if request.device != "cuda":
+        from runtimes.onnxruntime_backend import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(folder, manifest, threads, native, memory_limit)
+        return OnnxRuntimeBackend(folder, manifest, threads, native, request.memory_limit)
+    if native is False:
+        raise InputError("native is False, but on CUDA there are no portable bodies; leave it out, or use device cpu")
+    from runtimes.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+    return OnnxRuntimeCudaBackend(folder, manifest, threads, request)
 
 
 def _open_engine(kinds: tuple[str, ...], folder: Path, manifest: Manifest, request: DeviceRequest) -> TensorRTBackend:

@@ -15,8 +15,8 @@ import msgspec
 from runtimes.errors import BundleError
 from runtimes.folder_writer import PARTIAL, FileEntry, FolderWriter, sha256_of
 
-FORMAT_VERSION = 5
-_READABLE = (4, FORMAT_VERSION)  # 4 knows no window
+FORMAT_VERSION = 6
+_READABLE = (4, 5, FORMAT_VERSION)  # 4 knows no window, 5 no cuda_file
 MANIFEST = "manifest.json"
 GENERATION_CONFIG = "generation_config.json"  # of the checkpoint, where it had one
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a manifest is a few KB
@@ -38,7 +38,9 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     has past_scale and new_scale beside them. weight_dtype: of the matrices in the file. loops: a fixed loop count, or None where
     n_loops is an input. max_loops: deepest n_loops. Cache slots: prelude_slots, then loop_slots a loop, then coda_slots, each row
     cache_width numbers. window: positions that are seen by the layer that sees most, itself included, and rows that each slot needs
-    at most: that of position p stands at p mod capacity; 0 where a layer sees all.
+    at most: that of position p stands at p mod capacity; 0 where a layer sees all. cuda_file: the ONNX file for onnxruntime's CUDA
+    provider, if any, over the same weights and with the same inputs and outputs: it computes in float32, reads the matrices as they
+    are stored, and needs our operators there.
     """
 
     file: str
@@ -56,6 +58,12 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocab_size: int
     max_seq_len: int
     window: Annotated[int, msgspec.Meta(ge=0)] = 0
+    cuda_file: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of the bundle that is this graph's."""
+        return (self.file, *self.weights, *([self.cuda_file] if self.cuda_file else []))
 
     def slots(self, n_loops: int) -> int:
         """Cache slots of a sequence that runs n_loops loops."""
@@ -116,7 +124,7 @@ def open_bundle(path: str | Path) -> tuple[Path, Manifest]:
             _check_file(folder, name, entry)
         except (OSError, ValueError) as error:  # a name no file system takes, a folder without permission
             raise BundleError(f"{folder}: cannot read {name[:80]!r}, which the manifest lists: {error}") from error
-    listed = {name for graph in manifest.graphs for name in (graph.file, *graph.weights)}
+    listed = {name for graph in manifest.graphs for name in graph.files}
     if manifest.tokenizer is not None:
         listed.add(manifest.tokenizer)
     unlisted = sorted(listed - set(manifest.files))
@@ -138,7 +146,7 @@ def _read_manifest(path: Path) -> Manifest:
         version = head.get("format_version")
         if version not in _READABLE:
             raise BundleError(
-                f"{path}: format version {version}, this release reads {' and '.join(map(str, _READABLE))}; "
+                f"{path}: format version {version}, this release reads {_READABLE[0]} to {_READABLE[-1]}; "
                 "export the checkpoint again, or install the mythos-export that made the bundle"
             )
         return msgspec.json.decode(data, type=Manifest)

@@ -1,4 +1,4 @@
-"""CUDA through cuda-python (cuda.bindings.runtime, 12.9 or 13), as little of it as the TensorRT backend needs.
+"""CUDA through cuda-python (cuda.bindings.runtime, 12.9 or 13), as little of it as the backends need.
 
 Every call is checked: what fails raises BackendError with the call and CUDA's reason, a failed allocation OutOfDeviceMemory. The
 first device is used; CUDA_VISIBLE_DEVICES chooses another. Sizes and pitches are bytes, addresses are integers.
@@ -19,10 +19,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from runtimes.errors import BackendError
 
-ALIGNMENT = 256  # of every address TensorRT is given
+ALIGNMENT = 256  # of every address TensorRT and the kernels are given
 _PITCH_LIMIT = 2**31 - 1  # cudaDeviceProp.memPitch of all devices so far
 _MODULE = "cuda.bindings.runtime"
-_REMEDY = "pip install 'mythos-export[tensorrt]'"
+_REMEDY = "pip install cuda-bindings"
 
 
 class OutOfDeviceMemory(BackendError):
@@ -79,6 +79,12 @@ def device() -> Device:
         int(properties.totalGlobalMem),
         bool(properties.integrated),
     )
+
+
+def pci_bus_id() -> str:
+    """Where the GPU in use sits, which is how other tools of NVIDIA's name it: "0000:01:00.0"."""
+    found = _call("cudaDeviceGetPCIBusId", 32, 0)
+    return (found.decode() if isinstance(found, bytes) else str(found)).rstrip("\0")
 
 
 def free_bytes() -> int:
@@ -138,7 +144,7 @@ class PinnedBuffer(_Owned):
 
 
 class Stream(_Owned):
-    """Work in order, asynchronous to the host; handle: what TensorRT takes."""
+    """Work in order, asynchronous to the host; handle: what TensorRT and onnxruntime take."""
 
     def __init__(self) -> None:
         runtime = _runtime()

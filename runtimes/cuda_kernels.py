@@ -1,4 +1,4 @@
-"""The CUDA kernels that run between TensorRT's plans: a library of our own (runtimes/native/cuda), launched on the step's stream.
+"""The CUDA kernels: a library of our own (runtimes/native/cuda), launched on a step's stream. Here those between TensorRT's plans.
 
 Before TensorRT 10, float16 and bfloat16 experts are theirs: TensorRT 8.6 widens such stacks to float32 in memory. A launch
 allocates nothing and waits for nothing, so that it is captured in a CUDA graph with the plans around it.
@@ -9,6 +9,7 @@ Shape letters: T tokens, D dim, K top_k, E routed and s shared experts, F expert
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,21 +19,26 @@ from runtimes.errors import BackendError
 from runtimes.native_library import is_checkout, library_path
 
 LIBRARY = library_path("mythos_cuda")
-_VERSION = 1  # of the library's interface
+_VERSION = 2  # of the library's interface
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 _ADDRESSES = ("normed", "chosen", "weight", "gate_up_routed", "down_routed", "gate_up_shared", "down_shared", "mixed")
+_SCALES = ("gate_up_routed_scales", "down_routed_scales", "gate_up_shared_scales", "down_shared_scales")
 _open = ctypes.CDLL
 
 
 class _Experts(ctypes.Structure):
     """mythos_cuda_experts of the library: normed [T, D] and weight [T, K] float32, chosen [T, K] int32, gate_up_routed [E, 2F, D],
-    down_routed [E, D, F], gate_up_shared [s, 2F, D], down_shared [s, D, F] in dtype, mixed [T, D] float32."""
+    down_routed [E, D, F], gate_up_shared [s, 2F, D], down_shared [s, D, F] in dtype, mixed [T, D] float32. norm and residual, which
+    a call between plans has none of, and the scales of quantized stacks stay null."""
 
     _fields_ = (
         ("size", ctypes.c_uint32),
         ("dtype", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in ("tokens", "dim", "expert_dim", "top_k", "routed", "shared")),
-        *((name, ctypes.c_void_p) for name in (*_ADDRESSES, "workspace")),
+        *((name, ctypes.c_int32) for name in ("scale_dtype", "block")),
+        *((name, ctypes.c_void_p) for name in (*_ADDRESSES[:-1], *_SCALES, "norm")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("residual", "mixed", "workspace")),
         ("workspace_bytes", ctypes.c_uint64),
     )
 
@@ -47,13 +53,30 @@ class CudaKernels:
     """The loaded library."""
 
     def __init__(self, library: Any) -> None:
-        experts = ctypes.POINTER(_Experts)
-        self._workspace, self._launch, self._error = (
-            getattr(library, f"mythos_cuda_{name}") for name in ("experts_workspace", "experts_launch", "error")
-        )
-        self._workspace.argtypes, self._workspace.restype = [experts], ctypes.c_uint64
-        self._launch.argtypes, self._launch.restype = [experts, ctypes.c_void_p], ctypes.c_int32
+        self._library, self._error = library, library.mythos_cuda_error
         self._error.argtypes, self._error.restype = [ctypes.c_int32], ctypes.c_char_p
+        self._experts_workspace = self.workspace_function("experts", _Experts)
+        self._experts_launch = self.launch_function("experts", _Experts, "the experts")
+
+    def workspace_function(self, name: str, kind: type[ctypes.Structure]) -> Callable[[Any], int]:
+        """The one that says how many bytes of workspace a call of that struct needs; 0: it takes no such sizes. Raises
+        AttributeError where the library lacks it."""
+        function = getattr(self._library, f"mythos_cuda_{name}_workspace")
+        function.argtypes, function.restype = [ctypes.POINTER(kind)], ctypes.c_uint64
+        return lambda call: int(function(ctypes.byref(call)))
+
+    def launch_function(self, name: str, kind: type[ctypes.Structure], what: str) -> Callable[[Any, cuda.Stream], None]:
+        """The one that puts a call of that struct on a stream; it raises BackendError where CUDA refuses it. Raises AttributeError
+        where the library lacks it."""
+        function = getattr(self._library, f"mythos_cuda_{name}_launch")
+        function.argtypes, function.restype = [ctypes.POINTER(kind), ctypes.c_void_p], ctypes.c_int32
+
+        def launch(call: Any, stream: cuda.Stream) -> None:
+            error = function(ctypes.byref(call), stream.handle)
+            if error:
+                raise BackendError(f"the CUDA kernels cannot run {what}: {self._error(error).decode()} (error {error})")
+
+        return launch
 
     def workspace_bytes(self, engine: Engine) -> int:
         """Device memory that the engine's calls need for the largest steps of its profiles, one call at a time. Raises BackendError
@@ -61,7 +84,7 @@ class CudaKernels:
         return max((self._bytes(call, _most_tokens(engine, call.form)) for call in engine.experts), default=0)
 
     def _bytes(self, call: ExpertsCall, tokens: int) -> int:
-        size = int(self._workspace(ctypes.byref(_of_call(call, tokens))))
+        size = self._experts_workspace(_of_call(call, tokens))
         if not size:
             raise BackendError(
                 f"the CUDA kernels take no step of {tokens} tokens, {call.top_k} of {call.routed} and {call.shared} shared experts "
@@ -71,11 +94,7 @@ class CudaKernels:
 
     def launch(self, experts: _Experts, stream: cuda.Stream) -> None:
         """Puts a call on a stream. Raises BackendError where CUDA refuses it."""
-        error = self._launch(ctypes.byref(experts), stream.handle)
-        if error:
-            raise BackendError(
-                f"the CUDA kernels cannot run the experts: {self._error(error).decode()} (error {error})"
-            )
+        self._experts_launch(experts, stream)
 
 
 def _most_tokens(engine: Engine, form: str) -> int:
@@ -144,5 +163,10 @@ def problem() -> str | None:
 
 def remedy() -> str:
     """How to get the library, or to do without."""
+    return f"{build_remedy()}; or build engines of TensorRT before 10 with --dtype float32"
+
+
+def build_remedy() -> str:
+    """How to get the libraries for CUDA."""
     how = "run" if is_checkout() else "run mythos-export from its source, after"
-    return f"{how}: make cuda (needs nvcc, of the CUDA toolkit); or build engines of TensorRT before 10 with --dtype float32"
+    return f"{how}: make cuda (needs nvcc, of the CUDA toolkit)"

@@ -16,6 +16,7 @@ STORAGE: dict[str, Any] = {
     "int32": np.int32,
     "int64": np.int64,
 }
+CACHE_STORAGE = {**STORAGE, "int8": np.int8}  # of cache rows
 
 
 def convert(array: NDArray[Any], source: str, target: str) -> NDArray[Any]:

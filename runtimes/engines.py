@@ -179,14 +179,14 @@ class ExpertsCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [(name, shape) for name, shape in stacks if name is not None]
 
 
-class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """engine.json: plans of one bundle for one TensorRT version and GPU, and calls of the CUDA kernels between them.
 
     backend, version: the library ("tensorrt" or "tensorrt-rtx") and its version (major.minor.patch). device: the GPU's name, ""
     where it was built without one. compute_capabilities: like "9.0". graph_file, graph_sha256, weights_sha256: what of the bundle
     it was made from. dtype: of the experts' products, and of all others unless their weights say otherwise; cache_dtype: of past_kv
     and new_kv. integers: dtype of all integer inputs and outputs. max_context: most tokens of a sequence. dim: D. build_seconds:
-    wall clock.
+    wall clock. plugins: the library that TensorRT must have loaded to read the plans (runtimes.tensorrt_plugins); None: none.
     """
 
     format: Literal["mythos-engine"]
@@ -208,6 +208,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plans: tuple[Plan, ...]
     experts: tuple[ExpertsCall, ...]
     build_seconds: float
+    plugins: Literal["mythos_plugins"] | None = None
 
     def of_form(self, form: str) -> list[Plan | ExpertsCall]:
         """Plans and calls of a form, in the order they run."""

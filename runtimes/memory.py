@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runtimes.errors import MemoryLimitError
+from runtimes.errors import BackendError, MemoryLimitError
 
 
 def gigabytes(n_bytes: int) -> str:
@@ -64,6 +64,9 @@ class MemoryShare:
         self.resize(n_bytes, what)
         try:
             yield
+        except BackendError:  # a device that has no more
+            self.n_bytes = before
+            raise
         except MemoryError as error:
             self.n_bytes = before
             raise MemoryLimitError(

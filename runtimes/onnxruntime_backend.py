@@ -9,14 +9,14 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from runtimes import native_operators
-from runtimes.backend import Cancelled, StepInput, StepOutput, StopSignal, say_once
+from runtimes.backend import PREFILL_CHUNK, Cancelled, StepInput, StepOutput, StopSignal, say_once
 from runtimes.bundle import Graph, Manifest
 from runtimes.errors import BackendError, BundleError
 from runtimes.host_sequences import HostSequences
 from runtimes.memory import MemoryBudget
 
 _log = logging.getLogger("mythos_export")
-_FAILURES = tuple(
+FAILURES = tuple(
     kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )  # onnxruntime's exceptions share no base class of their own
 
@@ -26,11 +26,13 @@ class OnnxRuntimeBackend:
 
     threads: None lets onnxruntime take every core. native: use the native operators; None uses them where they are built, and
     falls back to the portable bodies, saying so once, where onnxruntime refuses the library. memory_limit: most bytes for weights
-    and all caches; None: no limit. Raises BackendError where native is True and they cannot be used, MemoryLimitError for weights
-    beyond the limit.
+    and all caches; None: no limit. profile: begin of the name of a file for onnxruntime's profiler; None: it is off. Raises
+    BackendError where native is True and they cannot be used, MemoryLimitError for weights beyond the limit.
     """
 
     name = "onnxruntime"
+    device = "cpu"
+    prefill_chunk = PREFILL_CHUNK
     engine = None
     memory = None
 
@@ -41,6 +43,7 @@ class OnnxRuntimeBackend:
         threads: int | None = None,
         native: bool | None = None,
         memory_limit: int | None = None,
+        profile: Path | None = None,
     ) -> None:
         self.graph = _choose(manifest)
         self._budget = MemoryBudget(memory_limit, self.graph.weight_bytes(manifest.files))
@@ -49,9 +52,11 @@ class OnnxRuntimeBackend:
             raise BackendError(f"native operators are asked for, but {native_problem()}")
         if native is None and not wanted:
             _log.info("portable bodies run: %s", native_problem())
-        self._session, self.native = _open(folder / self.graph.file, threads, wanted, may_fall_back=native is None)
+        self._session, self.native = _open(
+            folder / self.graph.file, threads, wanted, may_fall_back=native is None, profile=profile
+        )
         self._inputs, self._outputs = _names(self.graph)
-        _check_contract(folder, self.graph, self._session)
+        check_contract(folder, self.graph, self._session)
         self.max_context = self.graph.max_seq_len
 
     def start(self, batch: int, slots: int, tokens: int = 0) -> HostSequences:
@@ -68,6 +73,15 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         """The session goes with the last reference to it."""
 
+    @property
+    def profile_start(self) -> int:
+        """The profiler's zero, in nanoseconds of time.time_ns."""
+        return int(self._session.get_profiling_start_time_ns())
+
+    def end_profile(self) -> Path:
+        """Ends the profiler; the file with what it saw."""
+        return Path(self._session.end_profiling())
+
     def run(self, step: StepInput, stop: StopSignal) -> StepOutput:
         feeds = {name: getattr(step, name) for name in self._inputs}
         run_options = onnxruntime.RunOptions()
@@ -75,7 +89,7 @@ class OnnxRuntimeBackend:
         stop.on_set(lambda: setattr(run_options, "terminate", True))
         try:
             return StepOutput(*self._session.run(self._outputs, feeds, run_options))
-        except _FAILURES as error:
+        except FAILURES as error:
             if stop.is_set:
                 raise Cancelled from error
             raise BackendError(f"onnxruntime could not run a step: {error}") from error
@@ -87,28 +101,31 @@ def native_problem() -> str | None:
         return f"{native_operators.LIBRARY} is not built; {native_operators.remedy()}"
     try:
         onnxruntime.SessionOptions().register_custom_ops_library(str(native_operators.LIBRARY))
-    except _FAILURES as error:
+    except FAILURES as error:
         return f"onnxruntime {onnxruntime.__version__} refuses {native_operators.LIBRARY}: {error}; {native_operators.remedy()}"
     return None
 
 
 def _open(
-    path: Path, threads: int | None, native: bool, may_fall_back: bool
+    path: Path, threads: int | None, native: bool, may_fall_back: bool, profile: Path | None
 ) -> tuple[onnxruntime.InferenceSession, bool]:
     """A session, and whether the native operators run in it. A file that neither way can open is the file's fault."""
     try:
-        return _session(path, threads, native), native
-    except _FAILURES as error:
+        return _session(path, threads, native, profile), native
+    except FAILURES as error:
         if not (native and may_fall_back):
             raise BackendError(f"{path}: onnxruntime {onnxruntime.__version__} refuses it: {error}") from error
         reason = str(error)
-    portable = _open(path, threads, native=False, may_fall_back=False)
+    portable = _open(path, threads, native=False, may_fall_back=False, profile=profile)
     say_once(f"the native operators cannot be used, portable bodies run instead: {reason}; {native_operators.remedy()}")
     return portable
 
 
-def _session(path: Path, threads: int | None, native: bool) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(str(path), session_options(threads, native), providers=["CPUExecutionProvider"])
+def _session(path: Path, threads: int | None, native: bool, profile: Path | None) -> onnxruntime.InferenceSession:
+    options = session_options(threads, native)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def session_options(threads: int | None, native: bool) -> onnxruntime.SessionOptions:
@@ -116,6 +133,8 @@ def session_options(threads: int | None, native: bool) -> onnxruntime.SessionOpt
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # what goes wrong is raised
+    # It takes one block for all that a step computes, and keeps all of it until the step ends.
+    options.enable_mem_pattern = False
     # It grows in powers of two and keeps what the largest prefill took; no speed was seen to come of it.
     options.enable_cpu_mem_arena = False
     # Prepacked weights would be a second copy of every matrix; they stay mapped from the file instead.
@@ -134,7 +153,7 @@ def _names(graph: Graph) -> tuple[list[str], list[str]]:
     return inputs, outputs
 
 
-def _check_contract(folder: Path, graph: Graph, session: onnxruntime.InferenceSession) -> None:
+def check_contract(folder: Path, graph: Graph, session: onnxruntime.InferenceSession) -> None:
     """Refuses a manifest that contradicts its graph: what the Runner believes of shapes comes from the manifest."""
     inputs = {value.name: value.shape for value in session.get_inputs()}
     outputs = {value.name: value.shape for value in session.get_outputs()}

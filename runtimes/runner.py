@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from runtimes.backend import Backend, Float32, StepInput, StepOutput, StopSignal
 from runtimes.backends import open_backend
 from runtimes.bundle import Manifest, open_bundle
+from runtimes.device_memory import DeviceRequest
 from runtimes.errors import BundleError, InputError
 from runtimes.generation import Generation, Limits, SequenceState, StreamedText
 from runtimes.sampling import Sampling, SplitMix64, log_softmax
-from runtimes.session import PREFILL_CHUNK, Session, check_ids
-from runtimes.tensorrt_backend import DeviceRequest
+from runtimes.session import Session, check_ids
 
 Prompt = str | Sequence[int]
 
@@ -30,6 +30,7 @@ def load(
     threads: int | None = None,
     native: bool | None = None,
     *,
+    device: str | None = None,
     engine: str | None = None,
     max_batch: int = 1,
     max_context: int | None = None,
@@ -38,15 +39,17 @@ def load(
     """Checks a bundle and makes it ready to run.
 
     backend: "auto" takes an engine of the bundle that fits this GPU and the TensorRT installed, else onnxruntime, and says once
-    why; "tensorrt" and "tensorrt-rtx" are errors where they cannot run; "onnxruntime" runs anywhere. threads: onnxruntime's,
-    default all cores. native: the operators' native kernels; default where they are built, False for the portable bodies.
+    why; "tensorrt" and "tensorrt-rtx" are errors where they cannot run; "onnxruntime" runs anywhere. device: "cuda" runs on the
+    NVIDIA GPU, an engine or onnxruntime with its CUDA provider, and is an error where that cannot be; "cpu" takes no engine; by
+    default an engine runs where one fits, else the CPU. threads: onnxruntime's, default all cores. native: the operators' native
+    kernels; default where they are built, False for the portable bodies.
 
     memory_limit: most bytes for weights and all caches together, as they lie in memory; what a step computes comes on top. An
     engine's is of the device memory that is planned, all included. What would exceed it is refused before it is allocated.
 
-    For engines only: engine: key of the one to use (`mythos-export build --list`), default the bundle's own dtype first, then the
-    fastest. max_batch, max_context: device memory is planned for so many sequences of so many tokens, default one of the longest
-    the engine takes; more may run later if the memory is there.
+    For GPUs: max_batch, max_context: device memory is planned for so many sequences of so many tokens, default one of the longest
+    the engine takes, on onnxruntime of few; more may run later if the memory is there. engine: key of the one to use
+    (`mythos-export build --list`), default the bundle's own dtype first, then the fastest.
 
     Raises BundleError for a damaged or foreign bundle or engine, BackendError for an unknown or failing backend or too little
     device memory, MemoryLimitError for weights beyond memory_limit, InputError for numbers that are below 1 or beyond the engine.
@@ -62,7 +65,7 @@ def load(
             raise InputError(f"{name} is {value}; expected at least 1")
     folder, manifest = open_bundle(bundle)
     tokenizer = _load_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
-    request = DeviceRequest(engine, max_batch, max_context, memory_limit)
+    request = DeviceRequest(engine, max_batch, max_context, memory_limit, device)
     return Runner(manifest, open_backend(backend, folder, manifest, threads, native, request), tokenizer)
 
 
@@ -91,13 +94,18 @@ class Runner:
         return self._backend.name
 
     @property
+    def device(self) -> str:
+        """Where it computes: "cpu" or "cuda"."""
+        return self._backend.device
+
+    @property
     def engine(self) -> str | None:
         """Key of the engine in use; None on onnxruntime."""
         return self._backend.engine
 
     @property
     def memory(self) -> dict[str, int] | None:
-        """Device memory as planned at load, in bytes by use (see DeviceMemory); None on onnxruntime."""
+        """Device memory as planned at load, in bytes by use (see DeviceMemory); None on the CPU."""
         memory = self._backend.memory
         return None if memory is None else memory.to_dict()
 
@@ -144,11 +152,11 @@ class Runner:
         self,
         batch: int = 1,
         n_loops: int | Sequence[int] | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
         tokens: int = 0,
     ) -> Session:
-        """A batch of sequences to feed step by step with one's own sampler. chunk: tokens a prefill step. tokens: how long they are
-        expected to become, if known: too little memory is told at once."""
+        """A batch of sequences to feed step by step with one's own sampler. chunk: tokens a prefill step, None for what
+        suits the backend. tokens: how long they are expected to become, if known: too little memory is told at once."""
         return Session(self._backend, batch, n_loops, chunk, tokens)
 
     def generate(

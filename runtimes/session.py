@@ -15,8 +15,6 @@ from runtimes.backend import Backend, Float32, Int64, Likeliest, NewTokens, Stop
 from runtimes.bundle import Graph
 from runtimes.errors import InputError
 
-PREFILL_CHUNK = 512  # tokens a step: bounds the memory of scores and expert inputs, long enough to use the cores
-
 
 class Chunk(NamedTuple):
     """Logits [K, V] of row `row`, of its tokens start..start+K of this call; exit_loop [K]."""
@@ -31,9 +29,10 @@ class Session:
     """Sequences that grow together. For those who bring their own sampler; `Runner.generate` is built on it.
 
     n_loops: depth of all rows or of each; a row may run fewer loops later, never more: the deeper loops' cache rows of earlier
-    tokens would be missing. chunk: tokens a step at most; fewer where the backend takes fewer. tokens: how long the sequences are
-    expected to become, for backends that plan memory; 0 where nobody knows. Raises InputError for a depth the graph cannot run or a
-    batch the backend cannot take, MemoryLimitError where the cache exceeds the runner's memory_limit, here and as it grows.
+    tokens would be missing. chunk: tokens a step at most, None for what suits the backend; fewer where it takes fewer. tokens: how
+    long the sequences are expected to become, for backends that plan memory; 0 where nobody knows. Raises InputError for a depth
+    the graph cannot run or a batch the backend cannot take, MemoryLimitError where the cache exceeds the runner's memory_limit,
+    here and as it grows.
     """
 
     def __init__(
@@ -41,17 +40,17 @@ class Session:
         backend: Backend,
         batch: int,
         n_loops: int | Sequence[int] | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
         tokens: int = 0,
     ) -> None:
         if batch < 1:
             raise InputError(f"batch is {batch}; expected at least 1")
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise InputError(f"chunk is {chunk}; expected at least 1 token")
         graph = backend.graph
         self.stop = StopSignal()
         self.n_loops = check_n_loops(graph, n_loops, batch)
-        self._backend, self._graph, self._chunk = backend, graph, chunk
+        self._backend, self._graph, self._chunk = backend, graph, chunk or backend.prefill_chunk
         self._sequences = backend.start(batch, graph.slots(int(self.n_loops.max())), tokens)
 
     @property

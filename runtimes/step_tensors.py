@@ -1,6 +1,6 @@
-"""What a step of an engine reads and writes beside weights and cache, and how it lies in memory.
+"""What a step reads and writes beside weights and cache, and how it lies in memory.
 
-Shape letters: B batch, S new tokens, D dim.
+Shape letters: B batch, S new tokens, K positions with logits, C capacity of the cache, D dim, V vocab_size.
 """
 
 from __future__ import annotations
@@ -12,6 +12,24 @@ import numpy as np
 
 from runtimes import cuda
 from runtimes.engines import STATE, ExpertsCall, Plan
+
+REDUCED = ("next_token", "next_logprob", "exit_loop")  # outputs of a greedy step, in front of the block copied back
+
+
+class StepShape(NamedTuple):
+    """B, S, C and K of a step, slots of its cache, and loops it runs."""
+
+    batch: int
+    seq: int
+    capacity: int
+    k: int
+    slots: int
+    loops: int
+
+    @property
+    def of_profile(self) -> dict[str, int]:
+        """The sizes that an engine's profiles limit."""
+        return {"batch": self.batch, "seq": self.seq, "capacity": self.capacity, "k": self.k}
 
 
 class Tensor(NamedTuple):
@@ -29,6 +47,27 @@ def side_by_side(tensors: list[Tensor]) -> tuple[dict[str, int], int]:
         offsets[tensor.name] = size
         size += cuda.aligned(int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize)
     return offsets, size
+
+
+def step_inputs_and_outputs(
+    shape: StepShape, vocab_size: int, integers: Any, *, counts: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and outputs of a step but for weights and cache, the logits last. counts: whether those are an input."""
+    batch, seq, k = shape.batch, shape.seq, shape.k
+    inputs = [
+        Tensor("input_ids", integers, (batch, seq)),
+        Tensor("past_len", integers, (batch,)),
+        Tensor("logit_positions", integers, (batch, k)),
+        Tensor("n_loops", integers, (batch,)),
+        *([Tensor("counts", integers, (batch,))] if counts else []),
+    ]
+    outputs = [
+        Tensor("next_token", integers, (batch, k)),
+        Tensor("next_logprob", np.float32, (batch, k)),
+        Tensor("exit_loop", integers, (batch, seq)),
+        Tensor("logits", np.float32, (batch, k, vocab_size)),
+    ]
+    return inputs, outputs
 
 
 def state_shapes(batch: int, seq: int, dim: int) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from fake_engine import add_engine
 from fake_tensorrt import FakeTensorRT
 
 from runtimes import backend as backend_module
-from runtimes import cuda, cuda_kernels, device_memory, tensorrt_api
+from runtimes import cuda, cuda_kernels, device_memory, tensorrt_api, tensorrt_plugins
 from runtimes.errors import BackendError
 from runtimes.runner import Runner, load
 
@@ -72,6 +72,7 @@ def clear_caches() -> None:
     tensorrt_api.find.cache_clear()
     cuda._runtime.cache_clear()
     cuda_kernels.find.cache_clear()
+    tensorrt_plugins.load.cache_clear()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str) -> FakeTensorRT:

@@ -1,6 +1,7 @@
 """The CUDA kernels' library in numpy, on fake_cuda: C functions that read their arguments as the header lays them out.
 
-Shape letters: T tokens, D dim, K top_k, E routed and s shared experts, F expert_dim.
+Shape letters: T tokens, D dim, K top_k, E routed and s shared experts, F expert_dim; B batch, S new tokens, C capacity, N rows of
+logits, V vocab_size.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from fake_cuda import ALIGNMENT, FakeCuda
 from runtimes import cuda_kernels
 from runtimes.dtypes import STORAGE, convert
 
-VERSION = 1
+VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16")
-_LAYOUT = struct.Struct("@Ii6i8PPQ")  # of mythos_cuda_experts: size, dtype, sizes, addresses, workspace and its bytes
+_LAYOUT = struct.Struct("@Ii8i12Pf3PQ")  # of mythos_cuda_experts
+_APPEND, _LIKELIEST = struct.Struct("@I4iq4P"), struct.Struct("@I2i4PQ")
 _REFUSED = 999
 
 
@@ -33,6 +35,8 @@ class Call(NamedTuple):
     top_k: int
     routed: int
     shared: int
+    scale_dtype: int
+    block: int
     normed: int
     chosen: int
     weight: int
@@ -40,6 +44,13 @@ class Call(NamedTuple):
     down_routed: int
     gate_up_shared: int
     down_shared: int
+    gate_up_routed_scales: int
+    down_routed_scales: int
+    gate_up_shared_scales: int
+    down_shared_scales: int
+    norm: int
+    epsilon: float
+    residual: int
     mixed: int
     workspace: int
     workspace_bytes: int
@@ -67,6 +78,34 @@ def _expert(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray) -> np.ndarray:
     return down.astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up)
 
 
+class AppendCall(NamedTuple):
+    """mythos_cuda_append."""
+
+    size: int
+    slots: int
+    batch: int
+    seq: int
+    capacity: int
+    row_bytes: int
+    new_rows: int
+    rows: int
+    past_len: int
+    counts: int
+
+
+class LikeliestCall(NamedTuple):
+    """mythos_cuda_likeliest."""
+
+    size: int
+    rows: int
+    vocab: int
+    logits: int
+    tokens: int
+    logprobs: int
+    workspace: int
+    workspace_bytes: int
+
+
 class FakeCudaKernels:
     """Takes the place of the loaded library. calls: launches so far, those that a CUDA graph recorded once. refuses: makes launches
     fail."""
@@ -77,13 +116,18 @@ class FakeCudaKernels:
         self.mythos_cuda_version = function(ctypes.c_uint32)(lambda: version)
         self.mythos_cuda_experts_workspace = function(ctypes.c_uint64, address)(lambda at: _bytes(_read(at)))
         self.mythos_cuda_experts_launch = function(ctypes.c_int32, address, address)(self._launch)
+        self.mythos_cuda_append_launch = function(ctypes.c_int32, address, address)(self._launch_append)
+        self.mythos_cuda_likeliest_workspace = function(ctypes.c_uint64, address)(
+            lambda at: _likeliest_bytes(_read_as(LikeliestCall, _LIKELIEST, at))
+        )
+        self.mythos_cuda_likeliest_launch = function(ctypes.c_int32, address, address)(self._launch_likeliest)
         self._text = ctypes.create_string_buffer(b"no kernel image is available")
         self.mythos_cuda_error = function(address, ctypes.c_int32)(lambda _: ctypes.addressof(self._text))
 
     def _launch(self, at: int, stream: int) -> int:
         call = _read(at)
         self.calls.append(call)
-        aligned = all(address % ALIGNMENT == 0 for address in call[_ADDRESSES])
+        aligned = all(getattr(call, name) % ALIGNMENT == 0 for name in _ADDRESSES)
         if self.refuses or not aligned or call.tokens < 1 or call.workspace_bytes < _bytes(call):
             return _REFUSED
         self.cuda.put(stream, lambda: self._run(call))
@@ -101,6 +145,38 @@ class FakeCudaKernels:
         )
         self._array(call.mixed, result.shape)[...] = result
 
+    def _launch_append(self, at: int, stream: int) -> int:
+        call = _read_as(AppendCall, _APPEND, at)
+        if self.refuses:
+            return _REFUSED
+        self.cuda.put(stream, lambda: self._append(call))
+        return 0
+
+    def _append(self, call: AppendCall) -> None:
+        """Of more rows than there is room for, the last ones."""
+        row = (call.row_bytes,)
+        new = self._array(call.new_rows, (call.slots, call.batch, call.seq, *row), "uint8")
+        rows = self._array(call.rows, (call.slots, call.batch, call.capacity, *row), "uint8")
+        past, counts = (self._array(at, (call.batch,), "int64").tolist() for at in (call.past_len, call.counts))
+        for b, count in enumerate(counts):
+            for i in range(max(0, count - call.capacity), count):
+                rows[:, b, (past[b] + i) % call.capacity] = new[:, b, i]
+
+    def _launch_likeliest(self, at: int, stream: int) -> int:
+        call = _read_as(LikeliestCall, _LIKELIEST, at)
+        if self.refuses or call.workspace_bytes < _likeliest_bytes(call):
+            return _REFUSED
+        self.cuda.put(stream, lambda: self._likeliest(call))
+        return 0
+
+    def _likeliest(self, call: LikeliestCall) -> None:
+        self.cuda.check(call.workspace, _likeliest_bytes(call), "device")
+        logits = self._array(call.logits, (call.rows, call.vocab)).astype(np.float64)
+        tokens = logits.argmax(-1)
+        top = logits.max(-1)
+        self._array(call.tokens, (call.rows,), "int64")[...] = tokens
+        self._array(call.logprobs, (call.rows,))[...] = -np.log(np.exp(logits - top[:, None]).sum(-1))
+
     def _stacks(self, call: Call, gate_up: int, down: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
         dtype, shape = DTYPES[call.dtype], (experts, call.dim, call.expert_dim)
         turned = (experts, 2 * call.expert_dim, call.dim)
@@ -108,19 +184,38 @@ class FakeCudaKernels:
         return convert(first, dtype, "float32"), convert(second, dtype, "float32")
 
     def _array(self, address: int, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
-        size = int(np.prod(shape)) * np.dtype(STORAGE[dtype]).itemsize
+        kind = np.dtype(STORAGE.get(dtype, dtype))
+        size = int(np.prod(shape)) * kind.itemsize
         self.cuda.check(address, size, "device")
         raw = (ctypes.c_uint8 * size).from_address(address)
-        return np.ctypeslib.as_array(raw).view(STORAGE[dtype]).reshape(shape)
+        return np.ctypeslib.as_array(raw).view(kind).reshape(shape)
 
 
-_ADDRESSES = slice(Call._fields.index("normed"), Call._fields.index("workspace_bytes"))
+_ADDRESSES = (
+    "normed",
+    "chosen",
+    "weight",
+    "gate_up_routed",
+    "down_routed",
+    "gate_up_shared",
+    "down_shared",
+    "mixed",
+    "workspace",
+)
 
 
 def _read(at: int) -> Call:
-    call = Call(*_LAYOUT.unpack(ctypes.string_at(at, _LAYOUT.size)))
-    assert call.size == _LAYOUT.size
+    return _read_as(Call, _LAYOUT, at)
+
+
+def _read_as(kind: Any, layout: struct.Struct, at: int) -> Any:
+    call = kind(*layout.unpack(ctypes.string_at(at, layout.size)))
+    assert call.size == layout.size
     return call
+
+
+def _likeliest_bytes(call: LikeliestCall) -> int:
+    return 16 * call.rows
 
 
 def _bytes(call: Call) -> int:

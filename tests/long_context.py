@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from mythos_export.export import export_bundle
+from runtimes.backend import PREFILL_CHUNK
 from runtimes.runner import Runner, load
-from runtimes.session import PREFILL_CHUNK
 
 LAYERS, VOCAB, WIDTH = 2, 97, 128
 CONFIG = {

@@ -24,7 +24,7 @@ from runtimes.errors import BackendError, BundleError, MythosError
 from runtimes.folder_writer import HashedFile
 from runtimes.runner import load
 
-FILES = ("decoder.onnx", "weights.bin", "tokenizer.json")
+FILES = ("decoder.cuda.onnx", "decoder.onnx", "weights.bin", "tokenizer.json")
 
 
 @pytest.fixture
@@ -143,14 +143,17 @@ def test_a_file_in_a_folder_of_the_bundle_is_accepted(bundle):
     ("change", "match"),
     [
         (
-            {"format_version": 6},
-            "format version 6, this release reads 4 and 5; export the checkpoint again, or install",
+            {"format_version": 7},
+            "format version 7, this release reads 4 to 6; export the checkpoint again, or install",
         ),
-        ({"format_version": None}, "format version None, this release reads 4 and 5"),
+        ({"format_version": None}, "format version None, this release reads 4 to 6"),
         ({"format": "something"}, r'"format" is not "mythos-bundle"; this is not a bundle of mythos-export'),
         ({"colour": "red"}, "damaged manifest: .*unknown field `colour`.*; export the checkpoint again"),
         ({"graphs": []}, "names no graph"),
-        ({"files": {}}, r"names decoder\.onnx, tokenizer\.json, weights\.bin without a checksum; export again"),
+        (
+            {"files": {}},
+            r"names decoder\.cuda\.onnx, decoder\.onnx, tokenizer\.json, weights\.bin without a checksum; ",
+        ),
         ({"tokenizer": "other.json"}, r"names other\.json without a checksum"),
         ({"files": {"decoder.onnx": {"size": "1", "sha256": ""}}}, r"damaged manifest: .*Expected `int`, got `str`"),
         ({"source": {"kind": "pt"}}, "damaged manifest: .*missing required field `name`"),

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from cuda_header import STRUCTS
 from fake_cuda_kernels import install_kernels
 from fake_engine import BATCH, SEQ, add_engine
 from fake_tensorrt import FakeTensorRT
@@ -22,7 +23,7 @@ from fake_tensorrt import FakeTensorRT
 from mythos_export.build import engine as engine_module
 from mythos_export.build.engine import build_engine
 from mythos_export.inspection import doctor
-from runtimes import cuda_kernels
+from runtimes import cuda_kernels, cuda_step_kernels
 from runtimes.engine_folder import read_engine
 from runtimes.engines import Engine, ExpertsCall, Passed
 from runtimes.errors import BackendError, BundleError
@@ -99,6 +100,12 @@ def test_the_workspace_is_planned_and_told(
     assert "workspace" in caplog.text
 
 
+@pytest.mark.parametrize("struct", [cuda_kernels._Experts, cuda_step_kernels.Append, cuda_step_kernels.Likeliest])
+def test_structs_are_the_headers(struct: type[ctypes.Structure]) -> None:
+    header = STRUCTS[struct.__name__.strip("_").lower()]
+    assert list(struct._fields_) == list(header._fields_)
+
+
 # Libraries that cannot be used
 
 
@@ -117,7 +124,7 @@ def without_a_function(patch: pytest.MonkeyPatch, fake: FakeTensorRT, folder: Pa
 
 
 def another_version(patch: pytest.MonkeyPatch, fake: FakeTensorRT, folder: Path) -> None:
-    install_kernels(patch, fake.cuda, version=2)
+    install_kernels(patch, fake.cuda, version=3)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def another_version(patch: pytest.MonkeyPatch, fake: FakeTensorRT, folder: Path)
         (missing, "the CUDA kernels are missing: .*libmythos_cuda.so is not built; "),
         (broken, "the CUDA kernels cannot be loaded: .*libmythos_cuda.so"),
         (without_a_function, "the CUDA kernels cannot be loaded: .*mythos_cuda_experts_launch"),
-        (another_version, "the CUDA kernels in .* are of version 2, this release uses 1; "),
+        (another_version, "the CUDA kernels in .* are of version 3, this release uses 2; "),
     ],
 )
 def test_a_library_that_cannot_be_used(

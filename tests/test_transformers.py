@@ -219,7 +219,7 @@ def test_generation_ends_where_the_positions_do(
 
 
 BAD: dict[str, tuple[Callable[[Any], object], str]] = {
-    "a GPU": (lambda model: model.to("cuda"), r"the backend decides where it runs \(backend=\)"),
+    "a GPU": (lambda model: model.to("cuda"), r"the backend decides where it runs \(backend=, device=\)"),
     "half": (lambda model: model.half(), "--dtype"),
     "training": (lambda model: model.train(), "for inference only"),
     "labels": (lambda model: model(IDS, labels=IDS), "for inference only"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,21 @@ MaxMemory = Annotated[
         "--max-memory", metavar="8GB", help="Refuse what would take more for weights and caches; MB, GB, MiB or GiB."
     ),
 ]
+
+
+class DeviceKind(str, Enum):
+    """What computes."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceName = Annotated[
+    DeviceKind | None,
+    typer.Option(
+        "--device", help="Where onnxruntime runs: cpu, the default, or cuda, an NVIDIA GPU; cpu takes no engine."
+    ),
+]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", help="CPU threads; default all cores.")]
 
 
@@ -53,6 +69,11 @@ def emit(as_json: bool, plain: Any, text: str = "") -> None:
 
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def value_of(choice: Enum | None) -> Any:
+    """What an option's choice stands for; None where nothing was given."""
+    return None if choice is None else choice.value
 
 
 def memory_size(text: str | None) -> int | None:

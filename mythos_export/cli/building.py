@@ -54,6 +54,12 @@ def build(
     check: Annotated[
         bool, typer.Option(help="Hold the engine against onnxruntime and keep it only where both agree.")
     ] = Options.check,
+    plugins: Annotated[
+        bool | None,
+        typer.Option(
+            help="Leave the operators to our TensorRT plugins (TensorRT 10 and later); default where their library is built."
+        ),
+    ] = Options.plugins,
     list_only: Annotated[bool, typer.Option("--list", help="List the bundle's engines and build nothing.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an engine for the same GPU, version and dtype.")
@@ -77,6 +83,7 @@ def build(
         optimization_level,
         tuple(compute_capability.split(",")) if compute_capability else (),
         check,
+        plugins,
     )
     with progress_bar(quiet or as_json) as tell:
         path, engine, manifest = build_engine(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mythos_export import __version__
-from mythos_export.cli.app import Bundle, Json, LoopList, Quiet, Source, app, emit, numbers
+from mythos_export.cli.app import Bundle, DeviceName, Json, LoopList, Quiet, Source, app, emit, numbers, value_of
 from runtimes.errors import InputError
 
 
@@ -88,6 +88,7 @@ def verify(
     text: Annotated[Path | None, typer.Option(help="Text to feed (.jsonl or plain); default random ids.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to feed.")] = 256,
     loops: LoopList = None,
+    device: DeviceName = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -96,7 +97,8 @@ def verify(
     from mythos_export.verify import verify_bundle as run
 
     with progress_bar(quiet or as_json) as tell:
-        parity = run(bundle, source, text=text, tokens=tokens, loops=numbers(loops, "--loops"), progress=tell)
+        depths = numbers(loops, "--loops")
+        parity = run(bundle, source, text=text, tokens=tokens, loops=depths, device=value_of(device), progress=tell)
     ok = all(check.ok for check in parity.checks)
     lines = [f"against {parity.oracle}, {parity.tokens} tokens"] + [
         f"{'✓' if check.ok else '✗'} loops {check.loops:<3} {check.name:<10} error {check.max_abs_error:.2e} "

@@ -11,6 +11,7 @@ import typer
 
 from mythos_export.cli.app import (
     Bundle,
+    DeviceName,
     Json,
     LoopList,
     MaxMemory,
@@ -21,8 +22,9 @@ from mythos_export.cli.app import (
     emit,
     memory_size,
     numbers,
+    value_of,
 )
-from runtimes.errors import InputError
+from runtimes.errors import BackendError, InputError
 
 
 class Backend(str, Enum):
@@ -71,9 +73,11 @@ def generate(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     backend: BackendName = Backend.auto,
+    device: DeviceName = None,
     engine: EngineKey = None,
     max_context: Annotated[
-        int | None, typer.Option(help="Tokens that device memory is planned for; default the longest the engine takes.")
+        int | None,
+        typer.Option(help="Tokens that device memory is planned for; default an engine's longest, else few."),
     ] = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -91,6 +95,7 @@ def generate(
         backend.value,
         threads,
         native,
+        device=value_of(device),
         engine=engine,
         max_context=max_context,
         memory_limit=memory_size(max_memory),
@@ -145,6 +150,7 @@ def evaluate(
     loops: LoopList = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score so many tokens at most.")] = None,
     backend: BackendName = Backend.auto,
+    device: DeviceName = None,
     engine: EngineKey = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -159,7 +165,9 @@ def evaluate(
 
     depths, limit = numbers(loops, "--loops"), memory_size(max_memory)
     with progress_bar(quiet or as_json) as tell:
-        runner = load(bundle, backend.value, threads, native, engine=engine, memory_limit=limit)
+        runner = load(
+            bundle, backend.value, threads, native, device=value_of(device), engine=engine, memory_limit=limit
+        )
         if against is None:
             alone = evaluation.evaluate(runner, text, depths, max_tokens, tell)
             results = {str(n): quality.to_dict() for n, quality in alone.items()}
@@ -182,6 +190,7 @@ def bench(
     batch: Annotated[int, typer.Option("-b", help="Sequences at once.")] = 1,
     loops: Annotated[int | None, typer.Option(help="Loop count; default the trained one.")] = None,
     backend: BackendName = Backend.auto,
+    device: DeviceName = None,
     engine: EngineKey = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
@@ -199,14 +208,18 @@ def bench(
             metavar="float32|float16|bfloat16|int8", help="Of the rows for --attention; default the bundle's."
         ),
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also what a step's time is made of, by kernel (GPU) or operator (CPU).")
+    ] = False,
     form: Annotated[Form, typer.Option("-o", "--output", help="How to print.")] = Form.table,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prefill and decode speed, bytes moved, share of the machine's read bandwidth."""
+    """Prefill and decode speed, bytes moved, share of the machine's read bandwidth, power."""
     from mythos_export.bench import Workload
     from mythos_export.bench import bench as run
     from mythos_export.report import attention_report, bench_report, progress_bar
+    from mythos_export.report_profile import profile_report
 
     as_json = as_json or form is Form.json
     contexts, limit = numbers(attention, "--attention"), memory_size(max_memory)
@@ -219,7 +232,21 @@ def bench(
         return
     with progress_bar(quiet or as_json) as tell:
         workload = Workload(
-            prompt, new, context, repetitions, batch, loops, threads, native, backend.value, engine, limit
+            prompt,
+            new,
+            context,
+            repetitions,
+            batch,
+            loops,
+            threads,
+            native,
+            backend.value,
+            engine,
+            limit,
+            value_of(device),
         )
-        report = run(bundle, workload, reference, tell)
-    emit(as_json, report.to_dict(), "" if as_json else bench_report(report, form.value))
+        report = run(bundle, workload, reference, tell, profile)
+    tables = [] if form is Form.csv else [profile_report(step) for step in report.profiles]
+    emit(as_json, report.to_dict(), "" if as_json else "\n\n".join([bench_report(report, form.value), *tables]))
+    if report.profile_problem is not None:
+        raise BackendError(report.profile_problem)

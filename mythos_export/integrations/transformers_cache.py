@@ -14,20 +14,20 @@ from torch import Tensor
 from runtimes.backend import Float32
 from runtimes.errors import InputError
 from runtimes.runner import Runner
-from runtimes.session import PREFILL_CHUNK, Session
+from runtimes.session import Session
 
 
 class SessionCache:
     """The sequences of one generation, padding left out.
 
     transformers counts columns of input_ids, padding included; the session counts tokens. tokens: how long the sequences are
-    expected to become, 0 where nobody knows. chunk: tokens a prefill step. The session starts with the first step, when prompts
-    and depths are known.
+    expected to become, 0 where nobody knows. chunk: tokens a prefill step, None for what suits the runner. The session starts
+    with the first step, when prompts and depths are known.
     """
 
     is_compileable = False  # asked by GenerationMixin
 
-    def __init__(self, runner: Runner, tokens: int = 0, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, runner: Runner, tokens: int = 0, chunk: int | None = None) -> None:
         self.runner = runner
         self._tokens, self._chunk = tokens, chunk
         self._columns = 0

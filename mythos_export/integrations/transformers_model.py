@@ -22,11 +22,10 @@ from runtimes.backend import say_once
 from runtimes.bundle import GENERATION_CONFIG
 from runtimes.errors import BundleError, InputError
 from runtimes.runner import Runner, load
-from runtimes.session import PREFILL_CHUNK, check_n_loops
+from runtimes.session import check_n_loops
 
 _HINTS = {
-    "device_map": "the backend decides where the model runs: backend=",
-    "device": "the backend decides where the model runs: backend=",
+    "device_map": "the backend decides where the model runs: backend=, device=",
     "dtype": "a bundle has the dtype it was exported in: `mythos-export export --dtype`",
     "torch_dtype": "a bundle has the dtype it was exported in: `mythos-export export --dtype`",
     "quantization_config": "a bundle is quantized with `mythos-export quantize`",
@@ -76,8 +75,8 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, bundle: str | Path, *, n_loops: int | None = None, **options: Any
     ) -> MythosForCausalLM:
-        """Loads a bundle folder. n_loops: depth where a call names none. options: those of `mythos_export.load`: backend, threads,
-        native, engine, max_batch, max_context, memory_limit.
+        """Loads a bundle folder. n_loops: depth where a call names none. options: those of `mythos_export.load`: backend, device,
+        threads, native, engine, max_batch, max_context, memory_limit.
 
         The generation_config.json of the checkpoint, where the bundle carries one, gives the defaults of generate(); tokens that
         end a text are those of the bundle (`export --eos`). Raises BundleError and BackendError as load does, InputError for
@@ -164,7 +163,7 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             _check_cache(model_kwargs["past_key_values"], self.runner)
         elif generation_config.use_cache is not False:
             tokens = min(max_cache_length - padding, self.runner.max_context)
-            chunk = generation_config.prefill_chunk_size or PREFILL_CHUNK
+            chunk = generation_config.prefill_chunk_size
             model_kwargs["past_key_values"] = SessionCache(self.runner, tokens, chunk)
         generation_config.prefill_chunk_size = None  # sessions cut prompts themselves, where no chunk is all padding
 
@@ -190,12 +189,12 @@ class MythosForCausalLM(PreTrainedModel, GenerationMixin):
             moved = fn(torch.empty(0))
         except (AssertionError, RuntimeError) as error:  # a device that is not there
             raise InputError(
-                f"{error}; the model stays as it is: the backend decides where it runs (backend=)"
+                f"{error}; the model stays as it is: the backend decides where it runs (backend=, device=)"
             ) from error
         if moved.device.type != "cpu" or moved.dtype != torch.float32:
             raise InputError(
-                f"the model cannot be moved to {moved.device} as {moved.dtype}: the backend decides where it runs (backend=), and "
-                "the export in which dtype (`mythos-export export --dtype`)"
+                f"the model cannot be moved to {moved.device} as {moved.dtype}: the backend decides where it runs (backend=, "
+                "device=), and the export in which dtype (`mythos-export export --dtype`)"
             )
         return self
 

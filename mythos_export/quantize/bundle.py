@@ -20,7 +20,16 @@ from calibration.statistics import Statistics
 from calibration.text import Sample, sample, unk_token_id
 from mythos_export import __version__
 from mythos_export.config import ModelConfig
-from mythos_export.export import GRAPH_FILE, WEIGHTS_FILE, Progress, attach_functions, bytes_of, pad_for, write_graph
+from mythos_export.export import (
+    GRAPH_FILE,
+    WEIGHTS_FILE,
+    Progress,
+    attach_functions,
+    bytes_of,
+    pad_for,
+    write_cuda_graph,
+    write_graph,
+)
 from mythos_export.quantize.calibrate import STATISTICS, Calibration, serves
 from mythos_export.quantize.compute import CACHE_LIMIT, Quantizer
 from mythos_export.quantize.graph import Rewriter, scales_name, values_name
@@ -174,10 +183,11 @@ def quantize_bundle(
         _write_weights(writer.create(WEIGHTS_FILE), model, source, quantizer, progress or (lambda *_: None))
         attach_functions(model)
         write_graph(writer.create(GRAPH_FILE), model)
-        graphs = {name for graph in source.manifest.graphs for name in (graph.file, *graph.weights)}
+        cuda_file = write_cuda_graph(writer, model)
+        graphs = {name for graph in source.manifest.graphs for name in graph.files}
         for name in sorted(source.manifest.files.keys() - graphs):
             writer.create(name).write((source.folder / name).read_bytes())
-        manifest = writer.commit(_manifest(source, plan, quantizer, calibration))
+        manifest = writer.commit(_manifest(source, plan, quantizer, calibration, cuda_file))
     if then:
         then(quantizer)
     shutil.rmtree(folder, ignore_errors=True)
@@ -245,6 +255,7 @@ def _manifest(
     plan: Plan,
     quantizer: Quantizer,
     calibration: Calibration | None,
+    cuda_file: str | None,
 ) -> Manifest:
     formats = {matrix.form.kind for matrix in plan.matrices.values()} or {"float32"}
     uncalibrated = {name: outcome.uncalibrated for name, outcome in quantizer.outcomes.items() if outcome.uncalibrated}
@@ -258,7 +269,7 @@ def _manifest(
     main = max(formats, key=lambda kind: sum(m.n_bytes for m in plan.matrices.values() if m.form.kind == kind))
     changes: dict[str, Any] = {"cache_dtype": "int8"} if plan.recipe.kv_cache else {}
     graph = msgspec.structs.replace(
-        source.graph, file=GRAPH_FILE, weights=(WEIGHTS_FILE,), weight_dtype=main, **changes
+        source.graph, file=GRAPH_FILE, weights=(WEIGHTS_FILE,), weight_dtype=main, cuda_file=cuda_file, **changes
     )
     return msgspec.structs.replace(
         source.manifest,

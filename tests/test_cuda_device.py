@@ -1,0 +1,341 @@
+"""The CUDA kernels on a GPU, against float64: what each computes.
+
+Outputs and workspaces are NaN before a call. Shape letters: S new tokens of a sequence, H n_heads, R kv_lora_rank, V v_head_dim,
+D dim, I inputs, O outputs, F expert_dim, E routed and s shared experts, K top_k.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import namedtuple
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cuda_device import (
+    DEVICE,
+    FORMS,
+    LIMITS,
+    QUICK,
+    Call,
+    Form,
+    blank,
+    error,
+    integers,
+    norm_weight,
+    normal,
+    rms_norm,
+    sizes,
+    some,
+    torch,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+RANDOM = settings(max_examples=3 if QUICK else 40, deadline=None, derandomize=True)
+TOKENS = (1, 5, 40) if QUICK else (1, 2, 3, 4, 5, 16, 33, 300)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def skip_odd(form: Form, *columns: int) -> None:
+    if any(each % form.packed for each in columns):
+        pytest.skip("rows of int4 are of even length")
+
+
+# Products
+
+
+def check_linear(form: Form, tokens: int, inputs: int, outputs: int, norm: int, residual: int, split: int) -> None:
+    x, weight, added = normal(tokens, inputs), norm_weight(inputs), normal(tokens, outputs)
+    stored, scales, exact = form.weights(outputs, inputs)
+    y, rest = blank(tokens, split or outputs), blank(tokens, outputs - split if split else 0)
+    fields = {"tokens": tokens, "inputs": inputs, "outputs": outputs, "split": split, "epsilon": 1e-6}
+    fields |= {"x": x, "weight": stored, "scales": scales, "y": y, "rest": rest}
+    fields |= {"norm": weight if norm else None, "residual": added if residual else None}
+    Call("linear", **form._asdict(), **fields).run()
+    want = (rms_norm(x, weight, 1e-6) if norm else x.double()) @ exact.T + (added.double() if residual else 0)
+    limit = LIMITS.get(form.dtype, 3e-5 if form.is_few(tokens, inputs) else 1e-3)
+    assert error(torch.cat([y, rest], 1) if split else y, want) < limit, f"{tokens} tokens"
+
+
+LINEARS = """96 64 1 1 0, 40 33 0 0 7, 33 17 1 1 0, 512 544 1 0 256, 512 1536 1 1 0, 2048 800 1 0 0, 2730 65 1 1 0, 160 300 1 0 0,
+    1024 2048 0 1 0, 1376 48 1 0 0, 64 40 1 1 0, 136 72 1 0 71, 2730 64 0 1 0"""
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", sizes("inputs outputs norm residual split", LINEARS, 4))
+def test_linear(form: Form, shape: dict[str, int]) -> None:
+    skip_odd(form, shape["inputs"])
+    for tokens in TOKENS:
+        check_linear(form, tokens, **shape)
+
+
+@RANDOM
+@given(form=st.sampled_from(FORMS), tokens=st.integers(1, 70), inputs=st.integers(1, 300), data=st.data())
+def test_linear_of_any_sizes(form: Form, tokens: int, inputs: int, data: st.DataObject) -> None:
+    outputs, norm = data.draw(st.integers(2, 200)), data.draw(st.booleans())
+    split = data.draw(st.sampled_from([0, 1, outputs // 2, outputs - 1]))
+    residual = not split and data.draw(st.booleans())
+    check_linear(form, tokens, inputs * form.packed, outputs, norm, residual, split)
+
+
+def test_the_residual_may_be_the_output() -> None:
+    x, weight, y = normal(9, 64), normal(40, 64, scale=0.1), normal(9, 40)
+    want = y.double() + x.double() @ weight.double().T
+    Call("linear", dtype="float32", tokens=9, inputs=64, outputs=40, x=x, weight=weight, residual=y, y=y).run()
+    assert error(y, want) < 1e-5
+
+
+EXPERTS = """128 96 2 8 0, 50 34 3 5 2, 96 160 2 6 2, 51 33 3 5 2, 2048 512 4 16 2, 64 32 2 4 1, 256 344 0 0 1, 264 200 4 32 0,
+    1024 128 0 0 3, 160 2048 4 12 1, 512 256 8 64 2, 256 342 0 0 2, 2048 2730 0 0 1"""
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", sizes("dim expert_dim top_k routed shared", EXPERTS))
+def test_experts(form: Form, shape: dict[str, int]) -> None:
+    """A quarter of the routed ones have no token."""
+    dim, expert_dim, top_k, routed, shared = shape.values()
+    skip_odd(form, dim, expert_dim)
+    gate_up, down = form.weights(routed + shared, 2 * expert_dim, dim), form.weights(routed + shared, dim, expert_dim)
+    stacks = {}
+    for name, (stored, scales, _) in (("gate_up", gate_up), ("down", down)):
+        for kind, part in (("routed", slice(routed)), ("shared", slice(routed, None))):
+            stacks |= {f"{name}_{kind}": stored[part].clone(), f"{name}_{kind}_scales": scales[part].clone()}
+    for tokens in TOKENS:
+        x, norm, residual, mixed = normal(tokens, dim), norm_weight(dim), normal(tokens, dim), blank(tokens, dim)
+        among = torch.randperm(routed, device=DEVICE)[: max(top_k, routed * 3 // 4)]
+        chosen = among[torch.rand(tokens, len(among), device=DEVICE).topk(top_k).indices]
+        weight = torch.softmax(normal(tokens, top_k), -1)
+        rows = {"epsilon": 1e-6, "tokens": tokens, "normed": x, "chosen": chosen.int(), "weight": weight, "norm": norm}
+        Call("experts", **form._asdict(), **shape, **rows, **stacks, residual=residual, mixed=mixed).run()
+        share = torch.ones(tokens, routed + shared, device=DEVICE, dtype=torch.float64)
+        share[:, :routed] = torch.zeros_like(share[:, :routed]).scatter(1, chosen, weight.double())
+        gate, up = (rms_norm(x, norm, 1e-6) @ gate_up[2].mT).chunk(2, -1)
+        want = torch.einsum("te,etd->td", share, (torch.nn.functional.silu(gate) * up) @ down[2].mT)
+        limit = LIMITS.get(form.dtype, 5e-5 if form.is_few(tokens, dim, expert_dim) else 1.5e-3)
+        assert error(mixed - residual, want) < limit, f"{tokens} tokens"
+
+
+# Attention
+
+# Fields of the call, and the sequences' lengths.
+Attention = namedtuple("Attention", "seq n_heads n_kv_heads nope rope rank v_head_dim capacity window lengths")
+
+
+def rotate(x: Any, cos: Any, sin: Any) -> Any:
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def attend(a: Attention, query: Any, rows: Any, scale: float) -> Any:
+    """Of a sequence's queries [S, H, ...] and the rows that it has, the new ones last, in float64: [S, H, R or V]."""
+    if a.n_kv_heads:
+        keys, values = rows.unflatten(-1, (2, a.n_kv_heads, -1)).unbind(1)
+        keys, values = (part.repeat_interleave(a.n_heads // a.n_kv_heads, 1) for part in (keys, values))
+    else:
+        keys = rows[:, None].expand(-1, a.n_heads, -1)
+        values = keys[..., : a.rank]
+    here = torch.arange(len(rows), device=DEVICE)
+    last = here[-a.seq :, None]
+    seen = (here <= last) & (here > last - (a.window or len(rows)))
+    scores = torch.einsum("shd,nhd->hsn", query, keys) * scale
+    return torch.einsum("hsn,nhd->shd", torch.softmax(scores.masked_fill(~seen, -torch.inf), -1), values)
+
+
+def check_attention(dtype: str, cache_dtype: str, a: Attention) -> None:
+    batch, latent = len(a.lengths), not a.n_kv_heads
+    tokens, width = batch * a.seq, a.rank + a.rope if latent else 2 * a.n_kv_heads * a.v_head_dim
+    head = a.nope + a.rope if latent else a.v_head_dim
+    q = normal(tokens, (a.n_heads if latent else a.n_heads + 2 * a.n_kv_heads) * head)
+    kv, kv_norm = normal(tokens, width if latent else 0), norm_weight(a.rank)
+    w_uk = normal(a.n_heads, a.rank, a.nope, dtype=dtype, scale=max(a.nope, 1) ** -0.5)
+    w_uv = normal(a.n_heads, a.v_head_dim, a.rank, dtype=dtype, scale=max(a.rank, 1) ** -0.5)
+    angles = torch.rand(tokens, (a.rope if latent else a.v_head_dim) // 2, device=DEVICE) * 6
+    cos, sin, past = angles.cos(), angles.sin(), normal(batch, a.capacity, width, dtype=cache_dtype)
+    for sequence, length in zip(past, a.lengths, strict=True):
+        sequence[length:] = torch.nan
+    y, new_kv = blank(tokens, a.n_heads * a.v_head_dim), blank(tokens, width, dtype=past.dtype)
+    inputs = {"q": q, "kv": kv, "kv_norm": kv_norm, "w_uk": w_uk, "w_uv": w_uv, "cos": cos, "sin": sin, "past": past}
+    fields = {**a._asdict(), **inputs, "batch": batch, "scale": head**-0.5, "epsilon": 1e-6, "y": y, "new_kv": new_kv}
+    fields["past_len"] = torch.tensor(fields.pop("lengths"), device=DEVICE)
+    Call("attention", dtype=dtype, cache_dtype=cache_dtype, **fields).run()
+    turn, turn_heads = (cos.double(), sin.double()), (cos[:, None].double(), sin[:, None].double())
+    heads = q.double().view(tokens, -1, head)
+    if latent:
+        absorbed = torch.einsum("hrn,thn->thr", w_uk.double(), heads[..., : a.nope])
+        query = torch.cat([absorbed, rotate(heads[..., a.nope :], *turn_heads)], -1)
+        row = torch.cat([rms_norm(kv[:, : a.rank], kv_norm, 1e-6), rotate(kv[:, a.rank :].double(), *turn)], -1)
+    else:
+        query, key, value = heads.split([a.n_heads, a.n_kv_heads, a.n_kv_heads], 1)
+        query, row = rotate(query, *turn_heads), torch.cat([rotate(key, *turn_heads), value], 1).flatten(1)
+    assert error(new_kv, row) < LIMITS[cache_dtype]
+    want = []
+    for b, length in enumerate(a.lengths):
+        held = torch.arange(max(length - a.capacity, 0), length, device=DEVICE) % max(a.capacity, 1)
+        rows, new = torch.cat([past[b, held], new_kv.view(batch, a.seq, -1)[b]]), slice(b * a.seq, (b + 1) * a.seq)
+        mixed = attend(a, query[new], rows.double(), head**-0.5)
+        want.append(torch.einsum("hvr,shr->shv", w_uv.double(), mixed) if latent else mixed)
+    assert error(y, torch.cat(want).flatten(1)) < 2 * max(LIMITS[dtype], LIMITS[cache_dtype])
+
+
+ATTENTIONS = [
+    Attention(7, 4, 0, 16, 8, 32, 16, 64, 0, [5, 60]),
+    Attention(1, 8, 2, 0, 0, 0, 64, 32, 20, [5, 100, 32]),
+    Attention(40, 16, 0, 64, 32, 256, 64, 128, 0, [30]),
+    Attention(9, 6, 3, 0, 0, 0, 32, 16, 12, [200]),
+    Attention(1, 16, 0, 64, 32, 256, 64, 512, 0, [0, 511, 77]),
+    Attention(1, 16, 0, 64, 32, 256, 64, 256, 0, [130]),
+    Attention(1, 32, 0, 128, 64, 512, 128, 2048, 0, [2000]),
+    Attention(3, 8, 2, 0, 0, 0, 64, 96, 0, [90, 3]),
+    Attention(1, 40, 8, 0, 0, 0, 128, 4096, 0, [4000]),
+    Attention(5, 4, 4, 0, 0, 0, 18, 32, 0, [0, 20]),
+    Attention(1, 40, 2, 0, 0, 0, 64, 300, 0, [299]),
+    Attention(3, 16, 0, 20, 6, 40, 10, 64, 0, [33]),
+    Attention(200, 8, 2, 0, 0, 0, 64, 64, 50, [0, 64, 1000]),
+    Attention(300, 16, 0, 64, 32, 256, 64, 512, 0, [0]),
+    Attention(5, 4, 2, 0, 0, 0, 32, 0, 0, [0]),
+]
+PAIRS = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16")]
+PAIRS += [("float32", "float16"), ("float32", "bfloat16")]  # of the matrices and the cache
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), PAIRS)
+@pytest.mark.parametrize("attention", some(ATTENTIONS, 4), ids=str)
+def test_attention(dtype: str, cache_dtype: str, attention: Attention) -> None:
+    check_attention(dtype, cache_dtype, attention)
+
+
+@RANDOM
+@given(pair=st.sampled_from(PAIRS), seq=st.integers(1, 40), groups=st.integers(0, 4), data=st.data())
+def test_attention_of_any_sizes(pair: tuple[str, str], seq: int, groups: int, data: st.DataObject) -> None:
+    number = lambda least, most: data.draw(st.integers(least, most))  # noqa: E731
+    heads, capacity, window = number(1, 6) * (groups or 1), number(1, 200), data.draw(st.sampled_from([0, 1, 17]))
+    latent = (number(1, 40), 2 * number(1, 16), 8 * number(1, 20))
+    dims = (0, 0, 0, 2 * number(1, 40)) if groups else (*latent, number(1, 40))
+    lengths = [number(0, 2 * capacity) for _ in range(number(1, 3))]
+    check_attention(*pair, Attention(seq, heads, groups, *dims, capacity, window, lengths))
+
+
+# Around the layers
+
+ROUTINGS = "64 4 1 1 1, 33 5 3 2 1, 8 8 1 1 1, 32 4 8 4 2, 256 8 8 4 2, 1000 32 20 7 3"
+
+
+@pytest.mark.parametrize("tokens", some([5, 1, 130], 1))
+@pytest.mark.parametrize("sigmoid", [0, 1])
+@pytest.mark.parametrize("normalized", [0, 1])
+@pytest.mark.parametrize("shape", sizes("experts top_k groups top_k_groups group_top_k", ROUTINGS, 6))
+def test_routing(tokens: int, sigmoid: int, normalized: int, shape: dict[str, int]) -> None:
+    experts, top_k, groups, top_k_groups, group_top_k = shape.values()
+    options = {"tokens": tokens, "sigmoid": sigmoid, "normalized": normalized, "scale": 2.5}
+    logits, bias = normal(tokens, experts), normal(experts, scale=0.3)
+    chosen, weight = blank(tokens, top_k, dtype=torch.int32), blank(tokens, top_k)
+    Call("routing", **shape, **options, logits=logits, bias=bias, chosen=chosen, weight=weight).run()
+    scores = logits.double().sigmoid() if sigmoid else logits.double()
+    grouped = (scores + bias).unflatten(-1, (groups, -1))
+    best = grouped.topk(group_top_k, -1).values.sum(-1).topk(top_k_groups, -1).indices
+    kept = torch.zeros(tokens, groups, dtype=torch.bool, device=DEVICE).scatter(-1, best, True)
+    choice = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(-2).topk(top_k, -1).indices
+    assert torch.equal(chosen, choice.int())
+    want = (scores if sigmoid else scores.softmax(-1)).gather(-1, choice)
+    assert error(weight, 2.5 * (want / want.sum(-1, keepdim=True) if normalized else want)) < 1e-5
+
+
+UPDATES = "3 4 100 3 1, 1 1 2048 8 0, 2 1 7 1 1, 1 3 1000 0 0, 2 5 3000 9 1, 1 2 8192 20 0"
+
+
+@pytest.mark.parametrize("shape", sizes("batch seq dim lora_rank n_loops_per_row", UPDATES, 2))
+def test_recurrent(shape: dict[str, int]) -> None:
+    batch, seq, dim, rank, per_row = shape.values()
+    tokens = batch * seq
+    inputs = {name: normal(tokens, dim) for name in ("x", "h", "e", "result")}
+    signal, norm, y = normal(dim), norm_weight(dim), blank(tokens, dim)
+    fields = {"tokens": tokens, "dim": dim, "epsilon": 1e-6, "loop_signal": signal, "norm": norm, "y": y}
+    Call("recurrent_input", **fields, h=inputs["h"], e=inputs["e"]).run()
+    assert error(y, rms_norm(inputs["h"].double() + signal.double() + inputs["e"].double(), norm, 1e-6)) < 1e-5
+    inputs |= {
+        "lora_down": normal(rank, dim, scale=dim**-0.5),
+        "lora_up": normal(rank, dim),
+        "lora_scale": normal(rank),
+    }
+    inputs |= {"halt": normal(dim, scale=dim**-0.5), "decay": normal(dim), "injection": normal(dim)}
+    inputs |= {"halted_mass": torch.rand(tokens, device=DEVICE) * 1.2, "exit_loop": integers(0, 5, tokens)}
+    inputs |= {"n_loops": integers(2, 6, batch if per_row else 1)}
+    next_h, next_result, next_mass = blank(tokens, dim), blank(tokens, dim), blank(tokens)
+    next_exit = blank(tokens, dtype=torch.int64)
+    fields = {"act_threshold": 0.99, "halt_bias": 0.1, "loop": 3, "next_h": next_h, "next_result": next_result}
+    Call("recurrent_update", **shape, **inputs, **fields, next_halted_mass=next_mass, next_exit_loop=next_exit).run()
+    a = SimpleNamespace(**{name: tensor.double() for name, tensor in inputs.items()})
+    want = a.decay * a.h + a.injection * a.e + a.x + (a.x @ a.lora_down.T * a.lora_scale) @ a.lora_up
+    probability = torch.sigmoid(want @ a.halt + 0.1)
+    running = (a.halted_mass < 0.99) & (a.n_loops.repeat_interleave(tokens // len(a.n_loops)) > 3)
+    mass = a.halted_mass + probability
+    weight = torch.where(mass >= 0.99, (1 - a.halted_mass).clamp(min=0), probability) * running
+    assert error(next_h, want) < 1e-5
+    assert error(next_result, a.result + weight[:, None] * want) < 1e-5
+    assert error(next_mass, a.halted_mass + probability * running) < 1e-5
+    assert torch.equal(next_exit, inputs["exit_loop"] + running)
+
+
+APPENDS = "3 2 5 16 36, 2 3 4 7 10, 2 2 20 7 48, 20 1 1 256 576, 4 1 64 300 512"
+
+
+@pytest.mark.parametrize("shape", sizes("slots batch seq capacity row_bytes", APPENDS))
+def test_append_and_advance(shape: dict[str, int]) -> None:
+    """More new rows than the capacity, too."""
+    slots, batch, seq, capacity, row_bytes = shape.values()
+    new_rows = integers(0, 256, slots, batch, seq, row_bytes).byte()
+    rows = blank(slots, batch, capacity, row_bytes, dtype=torch.uint8)
+    past_len, counts = integers(0, 40, batch), integers(0, seq + 1, batch)
+    want = rows.clone()
+    for b, (past, count) in enumerate(zip(past_len.tolist(), counts.tolist(), strict=True)):
+        for s in range(count):
+            want[:, b, (past + s) % capacity] = new_rows[:, b, s]
+    Call("append", **shape, new_rows=new_rows, rows=rows, past_len=past_len, counts=counts).run()
+    assert torch.equal(rows, want)
+    tokens, input_ids, longer = integers(0, 9, batch), blank(batch, dtype=torch.int64), past_len + counts
+    Call("advance", batch=batch, past_len=past_len, counts=counts, tokens=tokens, input_ids=input_ids).run()
+    assert torch.equal(past_len, longer)
+    assert torch.equal(input_ids, tokens)
+
+
+@pytest.mark.parametrize("shape", sizes("rows vocab", "5 17, 3 4096, 1 1, 1 32000, 2 129280"))
+def test_likeliest(shape: dict[str, int]) -> None:
+    """The last row's largest is there many times."""
+    rows, vocab = shape.values()
+    logits, tokens, logprobs = normal(rows, vocab, scale=4), blank(rows, dtype=torch.int64), blank(rows)
+    logits[-1, vocab // 2 :] = logits[-1].max()
+    Call("likeliest", **shape, logits=logits, tokens=tokens, logprobs=logprobs).run()
+    best = torch.stack([(row == row.max()).nonzero()[0] for row in logits])
+    assert torch.equal(tokens, best[:, 0])
+    want = logits.double().log_softmax(-1).gather(-1, best)[:, 0]
+    torch.testing.assert_close(logprobs.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("rows", "dim"), some([(10, 66), (7, 2048), (300, 34)], 1))
+def test_embedding(form: Form, rows: int, dim: int) -> None:
+    """Of ids that there are not, the nearest row."""
+    table, scales, exact = form.weights(rows, dim)
+    ids, y = torch.tensor([0, rows - 1, -5, rows, 2**40, 3, 3], device=DEVICE), blank(7, dim)
+    Call("embedding", **form._asdict(), tokens=7, rows=rows, dim=dim, ids=ids, table=table, scales=scales, y=y).run()
+    assert torch.equal(y, exact[ids.clamp(0, rows - 1)].float())
+
+
+def test_position_rows() -> None:
+    table, y = normal(20, 37), blank(3, 6, 37)
+    past_len = torch.tensor([0, 17, 500], device=DEVICE)
+    Call("position_rows", batch=3, seq=6, rows=20, dim=37, past_len=past_len, table=table, y=y).run()
+    assert torch.equal(y, table[(past_len[:, None] + torch.arange(6, device=DEVICE)).clamp(max=19)])
+
+
+@pytest.mark.parametrize(("count", "size"), [(3, 4096), (300, 48), (5, 13), (1, 100_000)])
+def test_stack(count: int, size: int) -> None:
+    parts, y = [integers(0, 256, size).byte() for _ in range(count)], blank(count, size, dtype=torch.uint8)
+    addresses = (ctypes.c_void_p * count)(*[part.data_ptr() for part in parts])
+    Call("stack", count=count, bytes=size, parts=ctypes.addressof(addresses), y=y).run()
+    assert torch.equal(y, torch.stack(parts))
