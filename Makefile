@@ -29,14 +29,18 @@ native: venv
 		else $(BIN)/cmake --build $(NATIVE) --target install --parallel 2 >/dev/null \
 		&& echo "native operators built: runtimes/native/lib/libmythos_ops.so"; fi
 
-# The CUDA kernels. For one GPU alone, in a fraction of the time: make cuda CUDA_ARCHITECTURES=87
+# The CUDA kernels; onnxruntime's operators that call them, and the TensorRT plugins over them, where the headers of onnxruntime and
+# of TensorRT 10 or later are found. For one GPU alone, in a fraction of the time: make cuda CUDA_ARCHITECTURES=87
 CUDA_ARCHITECTURES :=
+TENSORRT_ROOT :=
 cuda: venv
 	@command -v nvcc >/dev/null || { echo "nvcc is missing; install the CUDA toolkit and put its bin folder on the PATH"; exit 1; }
+	@rm -f runtimes/native/lib/libmythos_ops_cuda.so
 	@$(BIN)/cmake -S runtimes/native/cuda -B $(NATIVE)-cuda -DCMAKE_INSTALL_PREFIX=$(CURDIR)/runtimes/native/lib \
-		$(if $(CUDA_ARCHITECTURES),-DMYTHOS_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)",-UMYTHOS_CUDA_ARCHITECTURES) >/dev/null
+		$(if $(CUDA_ARCHITECTURES),-DMYTHOS_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)",-UMYTHOS_CUDA_ARCHITECTURES) \
+		$(if $(TENSORRT_ROOT),-DTENSORRT_ROOT="$(TENSORRT_ROOT)",-UTENSORRT_ROOT) >/dev/null
 	@$(BIN)/cmake --build $(NATIVE)-cuda --target install --parallel 2 >/dev/null \
-		&& echo "CUDA kernels built: runtimes/native/lib/libmythos_cuda.so"
+		&& for library in runtimes/native/lib/lib*cuda.so; do echo "CUDA kernels built: $$library"; done
 
 # The Runner in C and C++: an SDK in runtimes/cpp/sdk, and its tests.
 cpp: toolchains native
