@@ -99,8 +99,9 @@ toolchains:
 demo: venv native
 	$(BIN)/mythos-export demo
 
+# A thread for each of the two processes: with more, torch's wait for each other, and it takes half as long again.
 test: lint toolchains native
-	$(BIN)/pytest --numprocesses 2 --dist worksteal --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --durations 20
 
 lint: venv
 	$(BIN)/ruff check .

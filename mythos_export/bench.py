@@ -30,10 +30,12 @@ from mythos_export.meters import find_meter
 from mythos_export.power import Power, Stopwatch, measure
 from mythos_export.profiling import Profile
 from runtimes import cuda, native_operators
+from runtimes.choosing import Chooser
 from runtimes.engine_folder import list_engines
 from runtimes.errors import BackendError, InputError
 from runtimes.runner import Runner, load
-from runtimes.session import check_n_loops
+from runtimes.sampling import Sampling, SplitMix64
+from runtimes.session import Session, check_n_loops
 
 Progress = Callable[[str, int, int], None]
 Test = Callable[[Stopwatch], None]
@@ -247,16 +249,30 @@ def runner_test(runner: Runner, name: str, workload: Workload, loops: int, befor
         session = runner.session(workload.batch, loops, tokens=workload.context + 1 + workload.new)
         session.advance(tokens[:, : workload.context + 1].tolist())
         steps = [column[:, None].tolist() for column in tokens[:, workload.context + 1 :].T[: workload.new]]
-        # As generate does when greedy: a GPU chooses on the device. On the CPU the choice is ours, not the model's.
-        advance = session.advance if runner.device == "cpu" else session.advance_greedy
-        for step in steps[:before]:
-            advance(step)
+        if before:
+            _decode(runner, session, steps[:before])
         with watch:
-            for step in steps[before:]:
-                advance(step)
+            _decode(runner, session, steps[before:])
         session.close()
 
     return prefill if name == "pp" else decode
+
+
+def _decode(runner: Runner, session: Session, steps: list[list[list[int]]]) -> None:
+    """As many steps as are given, as generate does them: a GPU chooses on the device. On the CPU the choice is ours, not the
+    model's, and left out."""
+    rows = len(steps[0])
+    if runner.device == "cpu":
+        for step in steps:
+            session.advance(step)
+    elif runner.backend == "tensorrt":  # it finds the likeliest tokens alone
+        for step in steps:
+            session.advance_choosing(step, Chooser.greedy(rows))
+    else:  # each step is fed what the one before it draws, which stays as various as given tokens
+        chooser = Chooser(Sampling(temperature=1.0), [()] * rows, [SplitMix64(row) for row in range(rows)])
+        step = steps[0]
+        for left in range(len(steps) - 1, -1, -1):
+            step = session.advance_choosing(step, chooser, more=left > 0).tokens[:, None].tolist()
 
 
 def _reference_tests(

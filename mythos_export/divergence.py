@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.backend import Float32, Int64
+from runtimes.arrays import Float32, Int64
 from runtimes.errors import InputError
 from runtimes.sampling import log_softmax
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from calibration.text import Window, read_documents, windows
 from mythos_export.divergence import Comparison, Progress, Quality, Scorer, compare, perplexity
-from runtimes.backend import Float32
+from runtimes.arrays import Float32
 from runtimes.bundle import MANIFEST
 from runtimes.errors import InputError
 from runtimes.folder_writer import sha256_of

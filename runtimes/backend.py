@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from runtimes.arrays import Array, Float32, Int64
 from runtimes.bundle import Graph
+from runtimes.choosing import Chooser, Chosen, Rows
 
 if TYPE_CHECKING:
     from runtimes.device_memory import DeviceMemory
-
-Int64 = NDArray[np.int64]
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
-Array = NDArray[Any]
-
 
 _log = logging.getLogger("mythos_export")
 _said: set[str] = set()
@@ -77,15 +72,6 @@ class Logits(NamedTuple):
     exit_loop: Int64
 
 
-class Likeliest(NamedTuple):
-    """tokens [B, K]: of the largest logit, the lowest id among equals; logprobs [B, K]: their natural log-probabilities;
-    exit_loop [B, S]."""
-
-    tokens: Int64
-    logprobs: Float64
-    exit_loop: Int64
-
-
 class Sequences(Protocol):
     """Sequences that grow together and their cache, which lives where the backend computes. After an error they are as before."""
 
@@ -98,8 +84,10 @@ class Sequences(Protocol):
         """Adds tokens. Raises Cancelled when stop is set before or during the step, BackendError when it fails."""
         ...
 
-    def step_greedy(self, new: NewTokens, stop: StopSignal) -> Likeliest:
-        """As step, where only the likeliest token is wanted."""
+    def step_choosing(self, new: NewTokens, chooser: Chooser, rows: Rows, stop: StopSignal, *, more: bool) -> Chosen:
+        """As step, where a token after the one position of each of `rows` is wanted; the other rows' are arbitrary. more: the next
+        step will be fed these tokens, one a sequence; whoever can may begin it. Raises BackendError, the tokens added, where one
+        cannot be drawn."""
         ...
 
     def reserve(self, tokens: int) -> None:
@@ -113,6 +101,14 @@ class Sequences(Protocol):
     def close(self) -> None:
         """Frees the cache; may be called again."""
         ...
+
+
+def chosen_of(out: Logits, chooser: Chooser, rows: Rows) -> Chosen:
+    """What step_choosing returns, chosen on the host; K is 1."""
+    tokens = np.zeros(len(out.logits), dtype=np.int64)
+    logprobs = np.zeros(len(out.logits), dtype=np.float64)
+    tokens[rows], logprobs[rows] = chooser.choose(out.logits[rows, 0], rows)
+    return Chosen(tokens, logprobs, out.exit_loop)
 
 
 PREFILL_CHUNK = 512  # tokens a step: bounds the memory of scores and expert inputs, long enough to use the cores

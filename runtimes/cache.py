@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from runtimes.backend import Array, Float32, Int64
+from runtimes.arrays import Array, Float32, Int64
 from runtimes.memory import MemoryBudget, MemoryShare
 
 BLOCK = 256  # rows

@@ -6,16 +6,41 @@ Shape letters: B batch, S new tokens, C capacity and W width of the cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtimes import cuda
-from runtimes.backend import Array, Int64, Likeliest, Logits, NewTokens, StepInput, StepOutput, StopSignal
-from runtimes.device_step import Arrays, DeviceExecutor, NewRows, Then
+from runtimes.arrays import Array, Int64
+from runtimes.backend import Logits, NewTokens, StepInput, StepOutput, StopSignal, chosen_of
+from runtimes.choosing import Chooser, Chosen, Rows
+from runtimes.device_step import Arrays, Choice, DeviceExecutor, NewRows, Step, Then
 from runtimes.dtypes import CACHE_STORAGE, convert
 from runtimes.errors import BackendError
+from runtimes.sampling import NO_NUMBERS
 from runtimes.step_tensors import StepShape
+
+
+@dataclass
+class _Ahead:
+    """A step put on the stream before it is asked for. ids [B, 1]: what it is fed, known once the step before it is done; n_loops
+    [B]; random [B]: states of the random numbers that its tokens are drawn with."""
+
+    step: Step
+    ids: Int64
+    n_loops: Int64
+    random: NDArray[np.uint64]
+
+    def is_for(self, new: NewTokens, chooser: Chooser) -> bool:
+        """Whether it is the step that adds `new`."""
+        choice = self.step.choice
+        if choice is None or choice.sampling != chooser.sampling or not np.array_equal(new.n_loops, self.n_loops):
+            return False
+        is_fed = np.array_equal(new.ids, self.ids) and bool((new.counts == 1).all())
+        draws = chooser.sampling.temperature > 0
+        return is_fed and not (draws and (chooser.random_states() != self.random).any())
 
 
 class DeviceSequences:
@@ -30,6 +55,7 @@ class DeviceSequences:
         self._share = executor.budget.share()
         self._length: Int64 = np.zeros(batch, dtype=np.int64)
         self._capacity = capacity or self._layout.capacity(rows)
+        self._ahead: _Ahead | None = None
         with executor.lock:
             self._buffer: cuda.DeviceBuffer | None = self._new_buffer(batch, self._capacity)
 
@@ -61,34 +87,76 @@ class DeviceSequences:
 
     def step(self, new: NewTokens, stop: StopSignal) -> Logits:
         """Adds tokens; see Sequences."""
-        out = self._step(new, stop, greedy=False)
+        out = self._step(new, None, stop)
         return Logits(out["logits"], out["exit_loop"].astype(np.int64, copy=False))
 
-    def step_greedy(self, new: NewTokens, stop: StopSignal) -> Likeliest:
-        """Adds tokens; the likeliest next ones are found on the device, the logits stay there."""
-        out = self._step(new, stop, greedy=True)
+    def step_choosing(self, new: NewTokens, chooser: Chooser, rows: Rows, stop: StopSignal, *, more: bool) -> Chosen:
+        """Adds tokens; the next ones are chosen on the device where it can, and the logits stay there."""
+        if not self._executor.chooses(chooser.sampling):
+            return chosen_of(self.step(new, stop), chooser, rows)
+        out = self._step(new, chooser, stop, more=more)
         tokens, exit_loop = (out[name].astype(np.int64, copy=False) for name in ("next_token", "exit_loop"))
-        return Likeliest(tokens, out["next_logprob"].astype(np.float64), exit_loop)
+        if (tokens[rows, 0] < 0).any():
+            raise BackendError(NO_NUMBERS)
+        chooser.drawn(rows)
+        return Chosen(tokens[:, 0], out["next_logprob"][:, 0].astype(np.float64), exit_loop)
 
-    def _step(self, new: NewTokens, stop: StopSignal, *, greedy: bool) -> Arrays:
-        batch, seq = new.ids.shape
-        executor, longest = self._executor, int((self._length + new.counts).max())
-        with executor.lock:
-            then = None if executor.appends else self._appending(seq, new.counts, longest)
-            if executor.appends:
-                self._reserve(longest)
-            k, loops = new.positions.shape[1], int(new.n_loops.max())
-            shape = StepShape(batch, seq, self._capacity, k, self._slots, loops)
-            values = {
-                "input_ids": new.ids,
-                "past_len": self._length,
-                "logit_positions": new.positions,
-                "n_loops": new.n_loops,
-                "counts": new.counts,
-            }
-            out = executor.run(shape, self.address, values, greedy=greedy, stop=stop, then=then)
+    def _step(self, new: NewTokens, chooser: Chooser | None, stop: StopSignal, *, more: bool = False) -> Arrays:
+        with self._executor.lock:
+            step = self._taken_ahead(new, chooser, stop) or self._start(new, chooser, stop)
+            if more and chooser is not None:
+                self._ahead = self._follow(step, new, chooser)
+            out = self._executor.finish(step)
             self._length = self._length + new.counts
+            if self._ahead is not None:
+                self._ahead.ids = out["next_token"]
             return out
+
+    def _start(self, new: NewTokens, chooser: Chooser | None, stop: StopSignal) -> Step:
+        self._drop_ahead()
+        executor, longest = self._executor, int((self._length + new.counts).max())
+        then = None if executor.appends else self._appending(new.ids.shape[1], new.counts, longest)
+        if executor.appends:
+            self._reserve(longest)
+        (batch, seq), k, loops = new.ids.shape, new.positions.shape[1], int(new.n_loops.max())
+        shape = StepShape(batch, seq, self._capacity, k, self._slots, loops)
+        values = {
+            "input_ids": new.ids,
+            "past_len": self._length,
+            "logit_positions": new.positions,
+            "n_loops": new.n_loops,
+            "counts": new.counts,
+        }
+        choice = None
+        if chooser is not None:
+            is_penalized = chooser.sampling.repetition_penalty != 1
+            seen = chooser.seen_bits(executor.vocab_size) if is_penalized else None
+            choice = Choice(chooser.sampling, chooser.random_states(), seen)
+        return executor.start(shape, self.address, values, choice, stop, then)
+
+    def _follow(self, step: Step, new: NewTokens, chooser: Chooser) -> _Ahead | None:
+        """The step after one of a token a sequence, where there is room for its rows."""
+        longest = int(self._length.max()) + 2
+        if new.ids.shape[1] != 1 or (new.counts != 1).any() or self._must_grow(longest):
+            return None
+        following = self._executor.follow(step)
+        if following is None:
+            return None
+        return _Ahead(following, new.ids, new.n_loops, chooser.random_states(draws=1))
+
+    def _taken_ahead(self, new: NewTokens, chooser: Chooser | None, stop: StopSignal) -> Step | None:
+        """The step put on the stream before, where it is the one wanted now."""
+        ahead = self._ahead
+        if ahead is None or chooser is None or stop.is_set or not ahead.is_for(new, chooser):
+            return None
+        self._ahead = None
+        return ahead.step
+
+    def _drop_ahead(self) -> None:
+        """The row that it adds is one that holds no token."""
+        if self._ahead is not None:
+            self._executor.drop(self._ahead.step)
+            self._ahead = None
 
     def _appending(self, seq: int, counts: Int64, longest: int) -> Then:
         """Room is made while the step runs: a longer cache would be read whole."""
@@ -120,13 +188,17 @@ class DeviceSequences:
     def keep(self, rows: list[int]) -> None:
         """Goes on with these sequences; see Sequences."""
         with self._executor.lock:
+            self._drop_ahead()
             length = self._length[rows]
             capacity = self._layout.capacity(max(int(length.max()), self._rows))
             self._lay_out(rows, capacity)
             self._length = length
 
+    def _must_grow(self, needed: int) -> bool:
+        return min(needed, self._layout.capacities.max) > self._capacity
+
     def _reserve(self, needed: int) -> None:
-        if min(needed, self._layout.capacities.max) > self._capacity:
+        if self._must_grow(needed):
             batch = len(self._length)
             self._lay_out(list(range(batch)), self._layout.capacity(needed, self._capacity))
 
@@ -173,6 +245,7 @@ class DeviceSequences:
     def close(self) -> None:
         """Frees the cache; may be called again."""
         with self._executor.lock:
+            self._drop_ahead()
             if self._buffer is not None:
                 self._buffer.close()
                 self._buffer = None
@@ -203,7 +276,7 @@ def run_once(
             shape = StepShape(batch, seq, sequences.capacity, k, slots, int(step.n_loops.max()))
             names = ("input_ids", "past_len", "logit_positions", "n_loops")
             values = {name: getattr(step, name) for name in names} | {"counts": np.zeros(batch, np.int64)}
-            out = executor.run(shape, sequences.address, values, greedy=False, stop=stop, then=download)
+            out = executor.finish(executor.start(shape, sequences.address, values, None, stop, download))
         finally:
             sequences.close()
     new_kv = new_parts[0] if cache_dtype == given else convert(new_parts[0], cache_dtype, given)

@@ -1,7 +1,8 @@
 """One step on the GPU, whatever computes it: staging, CUDA graphs, one wait of the host.
 
-A step is one copy to the device, the model, one copy back, and one wait of the host. Decode steps whose shapes and addresses stay
-the same are captured as a CUDA graph, the two copies included, and replayed.
+A step is one copy to the device, the model, the choice of tokens, one copy back, and one wait of the host. The model's part of
+decode steps whose shapes and addresses stay the same is captured as a CUDA graph and replayed. Where tokens are chosen on the
+device, the next step can be put behind this one before the host has seen them.
 
 Shape letters: B batch, S new tokens, K positions with logits, C capacity of the cache, V vocab_size.
 """
@@ -11,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import cuda
@@ -23,6 +24,7 @@ from runtimes.backend import Cancelled, StopSignal, say_once
 from runtimes.device_memory import CacheLayout
 from runtimes.errors import BackendError
 from runtimes.memory import MemoryBudget
+from runtimes.sampling import Sampling
 from runtimes.step_tensors import REDUCED, StepShape, Tensor, side_by_side
 
 Arrays = dict[str, NDArray[Any]]
@@ -60,14 +62,49 @@ class Staging:
         self.host.close()
 
 
+class Slot:
+    """Pinned host memory that one step's outputs come to, and the event after that. Grows as needed."""
+
+    def __init__(self) -> None:
+        self._host, self.event = cuda.PinnedBuffer(cuda.ALIGNMENT), cuda.Event()
+
+    def address(self, size: int) -> int:
+        """Of so many bytes of it."""
+        if size > self._host.size:
+            self.event.wait()  # for the copy of a step that was dropped
+            larger = cuda.PinnedBuffer(size)
+            self._host.close()
+            self._host = larger
+        return self._host.address
+
+    def read(self, tensor: Tensor, offset: int) -> NDArray[Any]:
+        """A copy of a tensor in it."""
+        return self._host.array(tensor.dtype, tensor.shape, offset).copy()
+
+    def close(self) -> None:
+        self._host.close()
+        self.event.close()
+
+
+class Choice(NamedTuple):
+    """How a step's tokens are chosen on the device: sampling, of each sequence the state of its random numbers [B], and, where
+    there is a repetition penalty, the tokens seen, as Chooser.seen_bits."""
+
+    sampling: Sampling
+    random: NDArray[np.uint64]
+    seen: NDArray[np.uint32] | None
+
+
 class Placed(NamedTuple):
-    """A step's inputs and outputs in the staging. tensors: addresses on the device; inputs, outputs: views of pinned memory.
-    to_device, reduced, to_host: bytes to copy in, and back, for a greedy step or with logits."""
+    """A step's inputs and outputs in the staging. tensors: addresses on the device; inputs: views of pinned memory; outputs: each
+    tensor with its offset from the first. to_device, to_host: bytes to copy in, and back with logits; unseen, reduced: the same but
+    for the tokens seen, and for a step that chooses."""
 
     tensors: dict[str, int]
     inputs: Arrays
-    outputs: Arrays
+    outputs: dict[str, tuple[Tensor, int]]
     to_device: int
+    unseen: int
     reduced: int
     to_host: int
 
@@ -76,29 +113,39 @@ class Placed(NamedTuple):
 class Binding:
     """What is set up for steps of one shape over one cache.
 
-    key: shape, cache address and the version of the executor's memory it holds for. new_rows: by part. graphs: captured steps, by
-    whether they are greedy. steps: so far, of each of those.
+    key: shape, cache address and the version of the executor's memory it holds for. new_rows: by part. graph: the captured model.
+    steps: so far.
     """
 
     key: tuple[StepShape, int, int]
     placed: Placed
     new_rows: list[NewRows]
-    graphs: dict[bool, cuda.Graph] = field(default_factory=dict, kw_only=True)
-    steps: Counter[bool] = field(default_factory=Counter, kw_only=True)
+    graph: cuda.Graph | None = field(default=None, kw_only=True)
+    steps: int = field(default=0, kw_only=True)
 
     def close(self) -> None:
-        for graph in self.graphs.values():
-            graph.close()
+        if self.graph is not None:
+            self.graph.close()
 
 
 AnyBinding = TypeVar("AnyBinding", bound=Binding)
+
+
+class Step(NamedTuple):
+    """A step on the stream. number: of steps before it. choice: None where its logits are wanted."""
+
+    binding: Binding
+    choice: Choice | None
+    slot: Slot
+    number: int
 
 
 class DeviceExecutor(ABC, Generic[AnyBinding]):
     """Runs steps, one at a time; any thread may call. budget: for the caches of all sequences.
 
     integers: dtype of the step's integers. warm_up: steps of a shape before one is captured. appends: whether a step adds its rows
-    to the cache itself; there must be room for them before then.
+    to the cache itself; there must be room for them before then. A step is put on the stream by start() and waited for by finish(),
+    or given up by drop().
     """
 
     warm_up: ClassVar[int]
@@ -109,9 +156,12 @@ class DeviceExecutor(ABC, Generic[AnyBinding]):
     ) -> None:
         self.lock = threading.RLock()
         self.stream, self.layout, self.budget = stream, layout, budget
-        self._vocab_size, self._integers = vocab_size, integers
-        self._event = cuda.Event()
-        self._inputs, self._outputs = Staging("a step's input"), Staging("a step's output")
+        self.vocab_size, self._integers = vocab_size, integers
+        self._inputs = Staging("a step's input")
+        self._outputs = cuda.DeviceBuffer(cuda.ALIGNMENT, "a step's output")
+        self._slots: list[Slot] = []
+        self._unused: list[Slot] = []  # by any step
+        self._number = 0  # of steps so far
         self._blocks: dict[str, cuda.DeviceBuffer] = {}
         self._version = 0  # of all addresses above
         self._may_capture = True
@@ -122,62 +172,113 @@ class DeviceExecutor(ABC, Generic[AnyBinding]):
         """Sets up steps of a shape over a cache. Raises InputError for one that cannot be run."""
 
     @abstractmethod
-    def _enqueue(self, binding: AnyBinding, greedy: bool) -> None:
-        """Puts a step's computing on the stream, from the inputs to the outputs on the device; greedy: REDUCED alone are needed."""
+    def _enqueue(self, binding: AnyBinding) -> None:
+        """Puts the model on the stream, from the inputs to the outputs on the device."""
+
+    @abstractmethod
+    def chooses(self, sampling: Sampling) -> bool:
+        """Whether tokens can be chosen so on the device."""
+
+    @abstractmethod
+    def _choose(self, binding: AnyBinding, sampling: Sampling) -> None:
+        """Puts the choice on the stream, from the logits to REDUCED; nothing where the model makes it."""
 
     @abstractmethod
     def _repeats(self, binding: AnyBinding) -> bool:
         """Whether steps of this binding can be captured and are worth it."""
 
-    def run(
+    def start(
         self,
         shape: StepShape,
         cache_address: int,
         values: Arrays,
-        *,
-        greedy: bool,
+        choice: Choice | None,
         stop: StopSignal,
         then: Then | None = None,
-    ) -> Arrays:
-        """Runs a step over a cache (see CacheLayout) and returns outputs, without logits where greedy.
+    ) -> Step:
+        """Puts a step over a cache (see CacheLayout) on the stream. The caller holds the lock until it has finished it.
 
-        values: the inputs but for the cache; of "counts" [B], the new tokens that are kept. then: is told where the new rows lie,
-        while the model may still be running, to put copies from there on the stream. Raises Cancelled where stop is set before (a
-        step that runs cannot be stopped), InputError for a shape that cannot be run, BackendError where the step fails.
+        values: the inputs but for the cache; of "counts" [B], the new tokens that are kept. choice: one that the device can make
+        (see chooses), or None for logits. then: is told where the new rows lie, while the model may still be running, to put copies
+        from there on the stream. Raises Cancelled where stop is set before (a step that runs cannot be stopped), InputError for a
+        shape that cannot be run, BackendError where the step fails.
         """
-        with self.lock:
-            if self.closed:
-                raise BackendError("the runner is closed; load the bundle again")
-            if stop.is_set:
-                raise Cancelled
-            binding = self._bind(shape, cache_address)
-            for name, view in binding.placed.inputs.items():
+        if self.closed:
+            raise BackendError("the runner is closed; load the bundle again")
+        if stop.is_set:
+            raise Cancelled
+        binding = self._bind(shape, cache_address)
+        placed = binding.placed
+        for name, view in placed.inputs.items():
+            if name in values:
                 view[...] = values[name]
-            try:
-                self._launch(binding, greedy)
-                self._event.record(self.stream)
-                if then is not None:
-                    then(binding.new_rows)
-            except BaseException:
-                with contextlib.suppress(BackendError):  # what went wrong is raised already
-                    self.stream.synchronize()  # the staging must not be written while copies read it
-                raise
-            self._event.wait()
-            names = REDUCED if greedy else ("logits", "exit_loop")
-            return {name: binding.placed.outputs[name].copy() for name in names}
+            elif choice is not None and (given := getattr(choice, name)) is not None:
+                view[...] = given
+
+        def feed() -> None:
+            size = placed.to_device if choice is not None and choice.seen is not None else placed.unseen
+            self.stream.copy_to_device(self._inputs.device.address, self._inputs.host.address, size)
+
+        return self._put(feed, binding, choice, then)
+
+    def follow(self, step: Step) -> Step | None:
+        """Puts the step after one of a token a sequence on the stream, fed with the tokens that this one chooses; room for its rows
+        must be there. Its inputs are made on the device, so None where another step was put there since, and where it cannot be
+        done. It may be finished, or dropped, at any later time."""
+        return None
+
+    def _put(self, feed: Callable[[], None], binding: AnyBinding, choice: Choice | None, then: Then | None) -> Step:
+        self._number += 1
+        if not self._unused:
+            self._slots.append(Slot())
+            self._unused.append(self._slots[-1])
+        slot, placed = self._unused.pop(), binding.placed
+        try:
+            feed()
+            self._compute(binding)
+            if choice is not None:
+                self._choose(binding, choice.sampling)
+            size = placed.reduced if choice is not None else placed.to_host
+            self.stream.copy_to_host(slot.address(size), self._outputs.address, size)
+            slot.event.record(self.stream)
+            if then is not None:
+                then(binding.new_rows)
+        except BaseException:
+            with contextlib.suppress(BackendError):  # what went wrong is raised already
+                self.stream.synchronize()  # the staging must not be written while copies read it
+            self._unused.append(slot)
+            raise
+        return Step(binding, choice, slot, self._number)
+
+    def finish(self, step: Step) -> Arrays:
+        """Waits for a step and returns its outputs: REDUCED where it chooses, else logits and exit_loop."""
+        step.slot.event.wait()
+        names = REDUCED if step.choice is not None else ("logits", "exit_loop")
+        outputs = {name: step.slot.read(*step.binding.placed.outputs[name]) for name in names}
+        self.drop(step)
+        return outputs
+
+    def drop(self, step: Step) -> None:
+        """Gives up a step's outputs; it runs to its end."""
+        self._unused.append(step.slot)
 
     def _place(self, inputs: list[Tensor], outputs: list[Tensor]) -> Placed:
         """Makes room for a step's tensors, the logits last. What was bound to smaller staging is bound anew at its next use."""
         (input_at, to_device), (output_at, to_host) = side_by_side(inputs), side_by_side(outputs)
-        for staging, size in ((self._inputs, to_device), (self._outputs, to_host)):
-            self._version += staging.reserve(size)
+        self._version += self._inputs.reserve(to_device)
+        if to_host > self._outputs.size:
+            larger = cuda.DeviceBuffer(to_host, "a step's output")
+            self._outputs.close()
+            self._outputs = larger
+            self._version += 1
         tensors = {name: self._inputs.device.address + at for name, at in input_at.items()}
-        tensors |= {name: self._outputs.device.address + at for name, at in output_at.items()}
+        tensors |= {name: self._outputs.address + at for name, at in output_at.items()}
         return Placed(
             tensors,
             {t.name: self._inputs.host.array(t.dtype, t.shape, input_at[t.name]) for t in inputs},
-            {t.name: self._outputs.host.array(t.dtype, t.shape, output_at[t.name]) for t in outputs},
+            {t.name: (t, output_at[t.name]) for t in outputs},
             to_device,
+            input_at.get("seen", to_device),
             output_at["logits"],
             to_host,
         )
@@ -192,30 +293,17 @@ class DeviceExecutor(ABC, Generic[AnyBinding]):
                 block.close()
         return self._blocks[what].address
 
-    def _launch(self, binding: AnyBinding, greedy: bool) -> None:
-        def work() -> None:
-            placed = binding.placed
-            self.stream.copy_to_device(self._inputs.device.address, self._inputs.host.address, placed.to_device)
-            self._enqueue(binding, greedy)
-            size = placed.reduced if greedy else placed.to_host
-            self.stream.copy_to_host(self._outputs.host.address, self._outputs.device.address, size)
-
-        graph = binding.graphs.get(greedy)
-        if graph is None and self._may_capture and binding.steps[greedy] >= self.warm_up and self._repeats(binding):
-            graph = self._captured(binding, greedy, work)
-        if graph is not None:
-            graph.launch()
+    def _compute(self, binding: AnyBinding) -> None:
+        if binding.graph is None and self._may_capture and binding.steps >= self.warm_up and self._repeats(binding):
+            try:
+                binding.graph = self.stream.capture(lambda: self._enqueue(binding))
+            except BackendError as error:
+                self._capture_no_more(str(error))
+        if binding.graph is not None:
+            binding.graph.launch()
         else:
-            work()
-        binding.steps[greedy] += 1
-
-    def _captured(self, binding: AnyBinding, greedy: bool, work: Callable[[], None]) -> cuda.Graph | None:
-        try:
-            binding.graphs[greedy] = self.stream.capture(work)
-        except BackendError as error:
-            self._capture_no_more(str(error))
-            return None
-        return binding.graphs[greedy]
+            self._enqueue(binding)
+        binding.steps += 1
 
     def _capture_no_more(self, reason: str) -> None:
         self._may_capture = False
@@ -225,7 +313,8 @@ class DeviceExecutor(ABC, Generic[AnyBinding]):
         """Frees buffers; may be called again."""
         with self.lock:
             self.closed = True
-            for staging in (self._inputs, self._outputs):
-                staging.close()
-            for part in (*self._blocks.values(), self._event):
+            with contextlib.suppress(BackendError):
+                self.stream.synchronize()  # a step that was dropped may still run
+            owned: list[Staging | Slot | cuda.DeviceBuffer] = [self._inputs, self._outputs, *self._slots]
+            for part in owned + list(self._blocks.values()):
                 part.close()

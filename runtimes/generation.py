@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from runtimes.backend import Cancelled, Int64
-from runtimes.sampling import Sampling, SplitMix64, log_softmax
+from runtimes.arrays import Int64
+from runtimes.backend import Cancelled
+from runtimes.choosing import Chooser
+from runtimes.sampling import Sampling, SplitMix64
 from runtimes.session import Session
 
 
@@ -217,16 +219,19 @@ class Generation:
 
     def _step(self, active: list[SequenceState], step: list[list[int]]) -> tuple[list[Token], Int64]:
         """Feeds each active sequence its next ids and chooses a token for each; returns exit_loop [B] as well."""
-        if self._sampling.is_argmax:
-            likeliest = self._session.advance_greedy(step)
-            chosen = zip(active, likeliest.tokens.tolist(), likeliest.logprobs.tolist(), strict=True)
-            return [self._accept(*choice) for choice in chosen], likeliest.exit_loop
-        logits, exit_loop = self._session.advance(step)
-        tokens = []
-        for sequence, row in zip(active, logits, strict=True):
-            token = self._sampling.choose(row, sequence.seen, sequence.random)
-            tokens.append(self._accept(sequence, token, float(log_softmax(row)[token])))
-        return tokens, exit_loop
+        chooser = Chooser(
+            self._sampling, [sequence.seen for sequence in active], [sequence.random for sequence in active]
+        )
+        more = not any(self._reached(sequence, 1) for sequence in active)
+        chosen = self._session.advance_choosing(step, chooser, more=more)
+        choices = zip(active, chosen.tokens.tolist(), chosen.logprobs.tolist(), strict=True)
+        return [self._accept(*choice) for choice in choices], chosen.exit_loop
+
+    def _reached(self, sequence: SequenceState, more: int = 0) -> str | None:
+        """The limit that a sequence has reached, or will have after so many more tokens."""
+        if len(sequence.new_ids) + more >= self._limits.max_new_tokens:
+            return "length"
+        return "context" if len(sequence.seen) + more > self._limits.max_seq_len else None
 
     def _accept(self, sequence: SequenceState, token: int, logprob: float) -> Token:
         sequence.seen.append(token)
@@ -236,10 +241,8 @@ class Generation:
             sequence.finish_reason = "eos"
         elif token in limits.stop_ids:
             sequence.finish_reason = "stop"
-        elif len(sequence.new_ids) >= limits.max_new_tokens:
-            sequence.finish_reason = "length"
-        elif len(sequence.seen) > limits.max_seq_len:
-            sequence.finish_reason = "context"
+        else:
+            sequence.finish_reason = self._reached(sequence)
         text = sequence.text.add(token, last=sequence.finish_reason is not None)
         if sequence.text.stopped:
             sequence.finish_reason = "stop"

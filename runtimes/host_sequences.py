@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from runtimes.backend import Backend, Int64, Likeliest, Logits, NewTokens, StepInput, StopSignal
+from runtimes.arrays import Int64
+from runtimes.backend import Backend, Logits, NewTokens, StepInput, StopSignal, chosen_of
 from runtimes.cache import Cache
+from runtimes.choosing import Chooser, Chosen, Rows
 from runtimes.errors import BackendError
 from runtimes.memory import MemoryBudget
-from runtimes.sampling import log_softmax
 
 
 class HostSequences:
@@ -35,12 +34,9 @@ class HostSequences:
         self._length = cache.length
         return Logits(out.logits, out.exit_loop)
 
-    def step_greedy(self, new: NewTokens, stop: StopSignal) -> Likeliest:
-        """Adds tokens; the likeliest next ones are found here, from the logits."""
-        logits, exit_loop = self.step(new, stop)
-        tokens = logits.argmax(-1)
-        logprobs = np.take_along_axis(log_softmax(logits), tokens[..., None], -1)[..., 0]
-        return Likeliest(tokens, logprobs, exit_loop)
+    def step_choosing(self, new: NewTokens, chooser: Chooser, rows: Rows, stop: StopSignal, *, more: bool) -> Chosen:
+        """Adds tokens; the next ones are chosen here, from the logits."""
+        return chosen_of(self.step(new, stop), chooser, rows)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for sequences of so many tokens; see Sequences."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,28 @@ import msgspec
 import numpy as np
 
 from runtimes import cuda
-from runtimes.backend import StepInput, StepOutput, StopSignal
+from runtimes.backend import StepInput, StepOutput, StopSignal, say_once
 from runtimes.bundle import Graph, Manifest
-from runtimes.cuda_step_kernels import Append, Likeliest, StepKernels, append_call, likeliest_call
+from runtimes.cuda_step_kernels import (
+    Advance,
+    Append,
+    Choose,
+    Likeliest,
+    StepKernels,
+    advance_call,
+    append_call,
+    choose_call,
+    likeliest_call,
+)
 from runtimes.device_memory import BUCKET, CacheLayout, DeviceMemory, DeviceRequest, plan_graph_memory
 from runtimes.device_sequences import DeviceSequences, run_once
-from runtimes.device_step import Binding, DeviceExecutor, NewRows, Placed
+from runtimes.device_step import Binding, DeviceExecutor, NewRows, Placed, Step
 from runtimes.dtypes import CACHE_STORAGE
 from runtimes.errors import BackendError
 from runtimes.memory import MemoryBudget
 from runtimes.onnxruntime_backend import check_contract
 from runtimes.onnxruntime_cuda_session import Bound, CudaSession, check_installed
+from runtimes.sampling import Sampling
 from runtimes.step_tensors import StepShape, step_inputs_and_outputs
 
 _log = logging.getLogger("mythos_export")
@@ -41,7 +52,9 @@ class SessionBinding(Binding):
 
     io: Any
     appends: list[Append]
-    likeliest: Likeliest
+    advance: Advance
+    choice: dict[str, int]  # addresses that choices read and write, and the bytes of their workspace
+    calls: dict[Sampling, Likeliest | Choose] = field(default_factory=dict)
 
 
 class CudaExecutor(DeviceExecutor[SessionBinding]):
@@ -58,6 +71,7 @@ class CudaExecutor(DeviceExecutor[SessionBinding]):
         self._session: CudaSession | None = session
         self._graph, self._kernels = graph, kernels
         self._obstacle = _obstacle(graph, session)
+        self._draws = kernels.draws_from(graph.vocab_size)
         self._bindings: OrderedDict[tuple[StepShape, int, int], SessionBinding] = OrderedDict()
 
     def _bind(self, shape: StepShape, cache_address: int) -> SessionBinding:
@@ -65,30 +79,30 @@ class CudaExecutor(DeviceExecutor[SessionBinding]):
         if bound is not None:
             self._bindings.move_to_end(bound.key)
             return bound
-        placed = self._place(*step_inputs_and_outputs(shape, self._vocab_size, self._integers, counts=True))
+        placed = self._place(*step_inputs_and_outputs(shape, self.vocab_size, self._integers, draws=True))
         offsets = self.layout.offsets(shape.slots, shape.batch, shape.seq)
         at, strides = (
             self._block("new cache rows", offsets[-1]),
             [shape.batch * shape.seq * row for row in self.layout.parts],
         )
         rows = [NewRows(at + offset, stride) for offset, stride in zip(offsets, strides, strict=False)]
-        needed = self._kernels.likeliest_workspace(shape.batch * shape.k, self._vocab_size)
-        workspace = self._block("the choice of tokens", needed)
+        needed, tensors = self._kernels.choice_workspace(shape.batch, self.vocab_size), placed.tensors
+        choice = {
+            "logits": tensors["logits"],
+            "tokens": tensors["next_token"],
+            "logprobs": tensors["next_logprob"],
+            "workspace": self._block("the choice of tokens", needed),
+            "workspace_bytes": needed,
+        }
+        fed = {name: tensors[name] for name in ("past_len", "counts", "input_ids")}
         bound = SessionBinding(
             (shape, cache_address, self._version),
             placed,
             rows,
             self._io(shape, cache_address, placed, rows),
             self._appends(shape, cache_address, placed, rows),
-            likeliest_call(
-                shape.batch * shape.k,
-                self._vocab_size,
-                logits=placed.tensors["logits"],
-                tokens=placed.tensors["next_token"],
-                logprobs=placed.tensors["next_logprob"],
-                workspace=workspace,
-                workspace_bytes=needed,
-            ),
+            advance_call(shape.batch, tokens=tensors["next_token"], **fed),
+            choice,
         )
         self._bindings[bound.key] = bound
         for key in [key for key in self._bindings if key[2] != self._version]:
@@ -108,7 +122,8 @@ class CudaExecutor(DeviceExecutor[SessionBinding]):
             address = view.ctypes.data if on_host else placed.tensors[name]
             inputs.append(Bound(name, view.dtype.type, view.shape, address, on_host))
         outputs = [
-            Bound(name, view.dtype.type, view.shape, placed.tensors[name]) for name, view in placed.outputs.items()
+            Bound(name, tensor.dtype, tensor.shape, placed.tensors[name])
+            for name, (tensor, _) in placed.outputs.items()
         ]
         parts = [("kv", cache_type, (self._graph.cache_width,)), ("scale", np.float32, ())]
         for (name, kind, width), offset, (address, _) in zip(parts, offsets, rows, strict=False):
@@ -137,13 +152,42 @@ class CudaExecutor(DeviceExecutor[SessionBinding]):
             for new, offset, row_bytes in zip(rows, offsets, self.layout.parts, strict=False)
         ]
 
-    def _enqueue(self, binding: SessionBinding, greedy: bool) -> None:
+    def _enqueue(self, binding: SessionBinding) -> None:
         assert self._session is not None
         self._session.run(binding.io)
         for call in binding.appends:
             self._kernels.append(call, self.stream)
-        if greedy:
-            self._kernels.likeliest(binding.likeliest, self.stream)
+
+    def chooses(self, sampling: Sampling) -> bool:
+        if sampling.is_argmax or self._draws:
+            return True
+        say_once(f"tokens are drawn on the host: the CUDA kernels take no vocabulary of {self.vocab_size}")
+        return False
+
+    def _choose(self, binding: SessionBinding, sampling: Sampling) -> None:
+        call = binding.calls.get(sampling)
+        if call is None:
+            call = binding.calls[sampling] = self._choice(binding, sampling)
+        if isinstance(call, Choose):
+            self._kernels.choose(call, self.stream)
+        else:
+            self._kernels.likeliest(call, self.stream)
+
+    def _choice(self, binding: SessionBinding, sampling: Sampling) -> Likeliest | Choose:
+        batch, tensors = binding.key[0].batch, binding.placed.tensors
+        if sampling.is_argmax:
+            return likeliest_call(batch, self.vocab_size, **binding.choice)
+        seen = {"seen": tensors["seen"]} if sampling.repetition_penalty != 1 else {}
+        return choose_call(batch, self.vocab_size, sampling, random=tensors["random"], **seen, **binding.choice)
+
+    def follow(self, step: Step) -> Step | None:
+        binding, choice = step.binding, step.choice
+        is_last = step.number == self._number and binding.key[2] == self._version
+        on_host = self._session is None or bool(self._session.host_inputs)
+        if not is_last or on_host or choice is None or choice.seen is not None:
+            return None
+        assert isinstance(binding, SessionBinding)
+        return self._put(lambda: self._kernels.advance(binding.advance, self.stream), binding, choice, None)
 
     def _repeats(self, binding: SessionBinding) -> bool:
         if binding.key[0].seq > 1:
@@ -195,7 +239,7 @@ class OnnxRuntimeCudaBackend:
         weights = sum(manifest.files[name].size for name in self.graph.weights)
         budget = MemoryBudget(request.memory_limit, weights)
         context = min(request.context or BUCKET, self.max_context)
-        workspace = kernels.likeliest_workspace(request.batch, self.graph.vocab_size)
+        workspace = kernels.choice_workspace(request.batch, self.graph.vocab_size)
         self.memory: DeviceMemory = plan_graph_memory(
             self.graph, weights, request.batch, context, self.prefill_chunk, workspace, cuda.free_bytes()
         )

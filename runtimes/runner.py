@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from runtimes.backend import Backend, Float32, StepInput, StepOutput, StopSignal
+from runtimes.arrays import Float32
+from runtimes.backend import Backend, StepInput, StepOutput, StopSignal
 from runtimes.backends import open_backend
 from runtimes.bundle import Manifest, open_bundle
 from runtimes.device_memory import DeviceRequest

@@ -15,21 +15,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.backend import Float32
+from runtimes.arrays import Float32
 from runtimes.errors import BackendError, InputError
 
+NO_NUMBERS = (
+    "the model's logits are no numbers, so none can be drawn; export the bundle again, and see what "
+    "`mythos-export verify` says of it"
+)
 _MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
 
 
 class SplitMix64:
-    """The generator of java.util.SplittableRandom: next() adds 0x9E3779B97F4A7C15 to the state and mixes it."""
+    """The generator of java.util.SplittableRandom: next() adds a constant, _GAMMA, to the state and mixes it."""
 
     def __init__(self, seed: int) -> None:
         self._state = seed & _MASK
 
+    def state_after(self, draws: int) -> int:
+        """The 64 bits it goes on from after so many more: 0, as it is."""
+        return (self._state + draws * _GAMMA) & _MASK
+
     def next(self) -> int:
         """The next 64 bits."""
-        self._state = (self._state + 0x9E3779B97F4A7C15) & _MASK
+        self._state = self.state_after(1)
         z = self._state
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -95,10 +104,7 @@ class Sampling:
         with np.errstate(over="ignore", invalid="ignore"):  # a tiny temperature sends all but the largest to -inf
             scaled = (values.astype(np.float64) - values.max()) / self.temperature
         if not (scaled <= 0).all():
-            raise BackendError(
-                "the model's logits are no numbers, so none can be drawn; export the bundle again, and see what "
-                "`mythos-export verify` says of it"
-            )
+            raise BackendError(NO_NUMBERS)
         ids, probabilities = self._candidates(scaled)
         cumulative = probabilities.cumsum()
         drawn = int(np.searchsorted(cumulative, random.uniform() * cumulative[-1], side="right"))

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.backend import Backend, Float32, Int64, Likeliest, NewTokens, StopSignal
+from runtimes.arrays import Float32, Int64
+from runtimes.backend import Backend, NewTokens, StopSignal
 from runtimes.bundle import Graph
+from runtimes.choosing import Chooser, Chosen
 from runtimes.errors import InputError
 
 
@@ -81,17 +83,18 @@ class Session:
             exit_loop[ending] = out.exit_loop[ending, new.positions[ending, 0]]
         return logits, exit_loop
 
-    def advance_greedy(self, ids: Sequence[Sequence[int]]) -> Likeliest:
-        """As advance, where only the likeliest token is wanted: tokens, logprobs and exit_loop, each [B]. Backends with a memory of
-        their own then leave the logits there."""
+    def advance_choosing(self, ids: Sequence[Sequence[int]], chooser: Chooser, *, more: bool = False) -> Chosen:
+        """As advance, where the next tokens are wanted: tokens, logprobs and exit_loop, each [B]. Backends with a memory of their
+        own leave the logits there where they can. more: these tokens, one a row, are what will be fed next; a backend may begin
+        with that before the caller has seen them. Raises BackendError where a token is drawn from logits that are no numbers."""
         tokens = np.empty(len(ids), dtype=np.int64)
         logprobs = np.empty(len(ids), dtype=np.float64)
         exit_loop = np.empty(len(ids), dtype=np.int64)
         for _, new, ending in self._chunks(ids, every_position=False):
-            out = self._sequences.step_greedy(new, self.stop)
-            tokens[ending], logprobs[ending] = out.tokens[ending, 0], out.logprobs[ending, 0]
+            out = self._sequences.step_choosing(new, chooser, ending, self.stop, more=more)
+            tokens[ending], logprobs[ending] = out.tokens[ending], out.logprobs[ending]
             exit_loop[ending] = out.exit_loop[ending, new.positions[ending, 0]]
-        return Likeliest(tokens, logprobs, exit_loop)
+        return Chosen(tokens, logprobs, exit_loop)
 
     def advance_scored(self, ids: Sequence[Sequence[int]]) -> Iterator[Chunk]:
         """As advance, with the logits of every position, a chunk and row at a time."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtimes import cuda
+from runtimes.choosing import seen_words
 from runtimes.engines import STATE, ExpertsCall, Plan
 
 REDUCED = ("next_token", "next_logprob", "exit_loop")  # outputs of a greedy step, in front of the block copied back
@@ -50,17 +51,21 @@ def side_by_side(tensors: list[Tensor]) -> tuple[dict[str, int], int]:
 
 
 def step_inputs_and_outputs(
-    shape: StepShape, vocab_size: int, integers: Any, *, counts: bool = False
+    shape: StepShape, vocab_size: int, integers: Any, *, draws: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs of a step but for weights and cache, the logits last. counts: whether those are an input."""
+    """Inputs and outputs of a step but for weights and cache, the logits last. draws: whether new rows are kept and tokens drawn on
+    the device, which takes more inputs, the seen tokens last."""
     batch, seq, k = shape.batch, shape.seq, shape.k
     inputs = [
         Tensor("input_ids", integers, (batch, seq)),
         Tensor("past_len", integers, (batch,)),
         Tensor("logit_positions", integers, (batch, k)),
         Tensor("n_loops", integers, (batch,)),
-        *([Tensor("counts", integers, (batch,))] if counts else []),
     ]
+    if draws:
+        inputs.append(Tensor("counts", integers, (batch,)))
+        inputs.append(Tensor("random", np.uint64, (batch,)))
+        inputs.append(Tensor("seen", np.uint32, (batch, seen_words(vocab_size))))
     outputs = [
         Tensor("next_token", integers, (batch, k)),
         Tensor("next_logprob", np.float32, (batch, k)),

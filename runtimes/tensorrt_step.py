@@ -19,6 +19,7 @@ from runtimes.dtypes import STORAGE
 from runtimes.engines import FORMS, Engine, Plan
 from runtimes.errors import InputError
 from runtimes.memory import MemoryBudget
+from runtimes.sampling import Sampling
 from runtimes.step_tensors import StepShape, side_by_side, step_inputs_and_outputs
 from runtimes.tensorrt_api import DeserializedPlan, TensorRT
 from runtimes.tensorrt_stages import Places, StageChain
@@ -78,7 +79,7 @@ class Executor(DeviceExecutor[ChainBinding]):
         self.stream.upload(buffer.address, numbers)
         return buffer
 
-    def _choose(self, shape: StepShape) -> StageChain:
+    def _chain_for(self, shape: StepShape) -> StageChain:
         for chain in self._chains:
             if chain.takes(shape):
                 return chain
@@ -95,12 +96,12 @@ class Executor(DeviceExecutor[ChainBinding]):
         )
 
     def _bind(self, shape: StepShape, cache_address: int) -> ChainBinding:
-        chain = self._choose(shape)
+        chain = self._chain_for(shape)
         bound = self._bindings.get(chain)
         if bound is not None and bound.key == (shape, cache_address, self._version):
             return bound
         self._unbind(chain)
-        placed = self._place(*step_inputs_and_outputs(shape, self._vocab_size, self._integers))
+        placed = self._place(*step_inputs_and_outputs(shape, self.vocab_size, self._integers))
         state_at, state_bytes = side_by_side(chain.state(shape))
         slot_bytes = self.layout.bytes(1, shape.batch, shape.capacity)
         row_stride = cuda.aligned(self.layout.bytes(1, shape.batch, shape.seq))
@@ -126,8 +127,14 @@ class Executor(DeviceExecutor[ChainBinding]):
         if bound is not None:
             bound.close()
 
-    def _enqueue(self, binding: ChainBinding, greedy: bool) -> None:
+    def _enqueue(self, binding: ChainBinding) -> None:
         binding.chain.enqueue(binding.key[0], binding.places, self.stream)
+
+    def chooses(self, sampling: Sampling) -> bool:
+        return sampling.is_argmax
+
+    def _choose(self, binding: ChainBinding, sampling: Sampling) -> None:
+        """The last plan's work."""
 
     def _repeats(self, binding: ChainBinding) -> bool:
         return binding.chain.profile.name == "decode"

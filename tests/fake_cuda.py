@@ -237,6 +237,8 @@ class FakeCuda(types.ModuleType):
         return (cudaError_t.cudaSuccess,)
 
     def cudaEventRecord(self, event: int, stream: int) -> tuple[Any]:
+        queue = self.streams[stream].work
+        queue[:] = [work for work in queue if work != Marker(event)]  # the last record is waited for
         self.put(stream, Marker(event))
         return (cudaError_t.cudaSuccess,)
 

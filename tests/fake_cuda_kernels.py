@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cuda_header import STRUCTS
 from fake_cuda import ALIGNMENT, FakeCuda
 
 from runtimes import cuda_kernels
 from runtimes.dtypes import STORAGE, convert
+from runtimes.errors import BackendError
+from runtimes.sampling import Sampling, SplitMix64, log_softmax
 
 VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16")
@@ -121,6 +124,11 @@ class FakeCudaKernels:
             lambda at: _likeliest_bytes(_read_as(LikeliestCall, _LIKELIEST, at))
         )
         self.mythos_cuda_likeliest_launch = function(ctypes.c_int32, address, address)(self._launch_likeliest)
+        self.mythos_cuda_choose_workspace = function(ctypes.c_uint64, address)(
+            lambda at: _draw_bytes(STRUCTS["choose"].from_address(at))
+        )
+        self.mythos_cuda_choose_launch = function(ctypes.c_int32, address, address)(self._launch_draw)
+        self.mythos_cuda_advance_launch = function(ctypes.c_int32, address, address)(self._launch_advance)
         self._text = ctypes.create_string_buffer(b"no kernel image is available")
         self.mythos_cuda_error = function(address, ctypes.c_int32)(lambda _: ctypes.addressof(self._text))
 
@@ -177,6 +185,43 @@ class FakeCudaKernels:
         self._array(call.tokens, (call.rows,), "int64")[...] = tokens
         self._array(call.logprobs, (call.rows,))[...] = -np.log(np.exp(logits - top[:, None]).sum(-1))
 
+    def _launch_draw(self, at: int, stream: int) -> int:
+        call = STRUCTS["choose"].from_buffer_copy(STRUCTS["choose"].from_address(at))
+        if self.refuses or not 0 < _draw_bytes(call) <= call.workspace_bytes:
+            return _REFUSED
+        self.cuda.put(stream, lambda: self._draw(call))
+        return 0
+
+    def _draw(self, call: Any) -> None:
+        self.cuda.check(call.workspace, _draw_bytes(call), "device")
+        sampling = Sampling(call.temperature, call.top_k, call.top_p, call.min_p, call.repetition_penalty)
+        logits, rows = self._array(call.logits, (call.rows, call.vocab)), (call.rows,)
+        marked = np.zeros((call.rows, 0), np.uint8)
+        if call.seen:
+            words = self._array(call.seen, (call.rows, -(-call.vocab // 32)), "uint32")
+            marked = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+        random, tokens = self._array(call.random, rows, "uint64"), self._array(call.tokens, rows, "int64")
+        logprobs = self._array(call.logprobs, rows)
+        for row, values in enumerate(logits):
+            numbers = SplitMix64(int(random[row]))
+            try:
+                token = sampling.choose(values, np.flatnonzero(marked[row]).tolist(), numbers)
+            except BackendError:
+                token = -1
+            tokens[row], random[row], logprobs[row] = token, numbers.state_after(0), log_softmax(values)[token]
+
+    def _launch_advance(self, at: int, stream: int) -> int:
+        call = STRUCTS["advance"].from_buffer_copy(STRUCTS["advance"].from_address(at))
+        if self.refuses:
+            return _REFUSED
+        self.cuda.put(stream, lambda: self._advance(call))
+        return 0
+
+    def _advance(self, call: Any) -> None:
+        rows = (call.batch,)
+        self._array(call.past_len, rows, "int64")[...] += self._array(call.counts, rows, "int64")
+        self._array(call.input_ids, rows, "int64")[...] = self._array(call.tokens, rows, "int64")
+
     def _stacks(self, call: Call, gate_up: int, down: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
         dtype, shape = DTYPES[call.dtype], (experts, call.dim, call.expert_dim)
         turned = (experts, 2 * call.expert_dim, call.dim)
@@ -216,6 +261,10 @@ def _read_as(kind: Any, layout: struct.Struct, at: int) -> Any:
 
 def _likeliest_bytes(call: LikeliestCall) -> int:
     return 16 * call.rows
+
+
+def _draw_bytes(call: Any) -> int:
+    return 8 * call.rows * call.vocab if call.vocab <= 2**20 else 0
 
 
 def _bytes(call: Call) -> int:

@@ -7,6 +7,7 @@ D dim, I inputs, O outputs, F expert_dim, E routed and s shared experts, K top_k
 from __future__ import annotations
 
 import ctypes
+import math
 from collections import namedtuple
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,9 @@ from cuda_device import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from runtimes.choosing import Chooser
+from runtimes.sampling import Sampling, SplitMix64
 
 RANDOM = settings(max_examples=3 if QUICK else 40, deadline=None, derandomize=True)
 TOKENS = (1, 5, 40) if QUICK else (1, 2, 3, 4, 5, 16, 33, 300)
@@ -314,6 +318,40 @@ def test_likeliest(shape: dict[str, int]) -> None:
     assert torch.equal(tokens, best[:, 0])
     want = logits.double().log_softmax(-1).gather(-1, best)[:, 0]
     torch.testing.assert_close(logprobs.double(), want, rtol=1e-5, atol=1e-6)
+
+
+SAMPLINGS = [
+    Sampling(0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
+    Sampling(1.0),
+    Sampling(1.5, top_p=0.95),
+    Sampling(0.0, repetition_penalty=1.3),
+    Sampling(0.7, top_k=5),
+    Sampling(30.0, min_p=0.9),
+]
+
+
+@pytest.mark.parametrize("sampling", some(SAMPLINGS, 2), ids=str)
+@pytest.mark.parametrize("shape", sizes("rows vocab", "3 4096, 1 1, 2 17, 5 32000, 2 262144", 1))
+def test_choose(sampling: Sampling, shape: dict[str, int]) -> None:
+    """The host's tokens, with its random numbers; many logits are equal. In the last row no token can be drawn."""
+    rows, vocab = shape.values()
+    logits, tokens, logprobs = normal(rows, vocab, scale=3), blank(rows, dtype=torch.int64), blank(rows)
+    logits[0] = logits[0].round()
+    seen = [integers(0, vocab, 9).tolist() for _ in range(rows)]
+    chooser = Chooser(sampling, seen, [SplitMix64(seed) for seed in range(rows)])
+    random = torch.from_numpy(chooser.random_states().view("int64")).to(DEVICE)
+    bits = torch.from_numpy(chooser.seen_bits(vocab).view("int32")).to(DEVICE)
+    fields = {**shape, **vars(sampling), "logits": logits, "seen": bits, "random": random}
+    Call("choose", **fields, tokens=tokens, logprobs=logprobs).run()
+    want, want_logprobs = chooser.choose(logits.cpu().numpy(), range(rows))
+    assert tokens.tolist() == want.tolist()
+    torch.testing.assert_close(logprobs.cpu().double(), torch.from_numpy(want_logprobs), rtol=1e-5, atol=1e-6)
+    assert (random.cpu().numpy().view("uint64") == chooser.random_states()).all()
+    if sampling.temperature:
+        logits[-1, vocab // 2] = math.nan
+        Call("choose", **fields, tokens=tokens, logprobs=logprobs).run()
+        assert int(tokens[-1]) == -1
+        assert bool((tokens[:-1] >= 0).all())
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

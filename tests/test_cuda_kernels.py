@@ -100,7 +100,13 @@ def test_the_workspace_is_planned_and_told(
     assert "workspace" in caplog.text
 
 
-@pytest.mark.parametrize("struct", [cuda_kernels._Experts, cuda_step_kernels.Append, cuda_step_kernels.Likeliest])
+@pytest.mark.parametrize(
+    "struct",
+    [
+        cuda_kernels._Experts,
+        *(getattr(cuda_step_kernels, name) for name in ("Append", "Likeliest", "Choose", "Advance")),
+    ],
+)
 def test_structs_are_the_headers(struct: type[ctypes.Structure]) -> None:
     header = STRUCTS[struct.__name__.strip("_").lower()]
     assert list(struct._fields_) == list(header._fields_)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,35 +80,36 @@ def eval_ids(shared: Path) -> list[int]:
     return ids[:512]
 
 
-CASES = [(model, loops) for model in ("small-mla", "small-gqa") for loops in (1, 2, 4, 8, 12)]
-CASES += [("small-mla halting later", 12), ("small-gqa halting later", 2)]
-
-
-@pytest.fixture(scope="module")
-def trained(request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory):
-    """(reference model, dynamic Runner of up to 12 loops, Runner fixed at 8 loops)"""
-    name, _, later = request.param.partition(" ")
-    checkpoint = load_checkpoint(shared / "checkpoints" / name)
-    if later:
-        checkpoint = lowered(checkpoint)
-    folder = tmp_path_factory.mktemp(name)
-    export_bundle(checkpoint, folder / "dynamic", max_loops=12)
-    export_bundle(checkpoint, folder / "fixed", loops=8)
-    yield reference.reference_model(checkpoint), load(folder / "dynamic"), load(folder / "fixed")
-    shutil.rmtree(folder)
+LOOPS = {
+    "small-mla": (1, 2, 4, 8, 12),
+    "small-gqa": (1, 2, 4, 8, 12),
+    "small-mla halting later": (12,),
+    "small-gqa halting later": (2,),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trained", "loops"), CASES, indirect=["trained"])
-def test_trained_checkpoints(trained, eval_ids: list[int], loops: int) -> None:
-    model, dynamic, fixed = trained
-    runners = [dynamic, fixed] if loops == 8 else [dynamic]
-    logits = reference_logits(model, eval_ids, loops)
-    greedy = reference_greedy(model, eval_ids[:24], loops)
-    for runner in runners:
-        np.testing.assert_allclose(runner.score(eval_ids, loops, logits=True), logits, rtol=0, atol=TOLERANCE)
-        generated = runner.generate(eval_ids[:24], NEW_TOKENS, n_loops=loops, ignore_eos=True).complete()
-        assert generated.ids == greedy
+@pytest.mark.parametrize("trained", LOOPS)
+def test_trained_checkpoints(trained: str, shared: Path, eval_ids: list[int], tmp_path: Path) -> None:
+    """With the loop count an input, of up to 12, and with 8 unrolled."""
+    name, _, later = trained.partition(" ")
+    checkpoint = load_checkpoint(shared / "checkpoints" / name)
+    if later:
+        checkpoint = lowered(checkpoint)
+    model = reference.reference_model(checkpoint)
+    export_bundle(checkpoint, tmp_path / "dynamic", max_loops=12)
+    dynamic = load(tmp_path / "dynamic")
+    for loops in LOOPS[trained]:
+        logits = reference_logits(model, eval_ids, loops)
+        greedy = reference_greedy(model, eval_ids[:24], loops)
+        runners = [dynamic]
+        if loops == 8:
+            export_bundle(checkpoint, tmp_path / "fixed", loops=8)
+            runners.append(load(tmp_path / "fixed"))
+        for runner in runners:
+            np.testing.assert_allclose(runner.score(eval_ids, loops, logits=True), logits, rtol=0, atol=TOLERANCE)
+            generated = runner.generate(eval_ids[:24], NEW_TOKENS, n_loops=loops, ignore_eos=True).complete()
+            assert generated.ids == greedy
 
 
 def test_shipped_checkpoint(shakespeare: Path, runner: Runner) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from runtimes.backend import Likeliest
+from runtimes.choosing import Chosen
 from runtimes.errors import BackendError, InputError
 from runtimes.generation import StreamedText
 from runtimes.onnxruntime_backend import OnnxRuntimeBackend
@@ -355,8 +355,8 @@ def test_a_stop_id_ends_a_sequence(runner):
 
 def always(generation, token):
     """Makes a generation see one choice."""
-    choice = Likeliest(np.array([token]), np.zeros(1), np.ones(1, dtype=np.int64))
-    generation._session.advance_greedy = lambda step: choice
+    choice = Chosen(np.array([token]), np.zeros(1), np.ones(1, dtype=np.int64))
+    generation._session.advance_choosing = lambda step, chooser, more: choice
     return generation.complete()
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from runtimes import device_memory
 from runtimes.backend import Cancelled, StepInput
+from runtimes.choosing import Chooser
 from runtimes.errors import BackendError
 from runtimes.runner import Runner, load
 
@@ -79,7 +80,7 @@ def test_a_session_prefills_in_chunks_of_any_length(pair: tuple[Runner, Runner])
         got, got_exit = session.advance(rows)
         np.testing.assert_allclose(got, want, atol=2e-4)
         np.testing.assert_array_equal(got_exit, want_exit)
-        likeliest = session.advance_greedy([[1], [2], [3]])
+        likeliest = session.advance_choosing([[1], [2], [3]], Chooser.greedy(3))
         again, _ = pair[0].session(3).advance([[*row, i + 1] for i, row in enumerate(rows)])
         np.testing.assert_array_equal(likeliest.tokens, again.argmax(-1))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mythos_export.divergence import divergence
-from runtimes.backend import Float32
+from runtimes.arrays import Float32
 from runtimes.backends import open_backend
 from runtimes.bundle import Manifest
 from runtimes.device_memory import DeviceRequest

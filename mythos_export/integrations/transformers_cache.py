@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from runtimes.backend import Float32
+from runtimes.arrays import Float32
 from runtimes.errors import InputError
 from runtimes.runner import Runner
 from runtimes.session import Session

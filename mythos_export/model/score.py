@@ -12,7 +12,8 @@ import torch
 
 from mythos_export.config import ModelConfig
 from mythos_export.model.decoder import Decoder
-from runtimes.backend import Float32, StepInput, StepOutput
+from runtimes.arrays import Float32
+from runtimes.backend import StepInput, StepOutput
 from runtimes.cache import Cache
 
 

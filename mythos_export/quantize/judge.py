@@ -10,7 +10,7 @@ from mythos_export.model.unfolded import Unfolded
 from mythos_export.quantize.bundle import QuantizableBundle, Text
 from mythos_export.quantize.compute import Outcome, Quantizer
 from mythos_export.quantize.simulation import UnfoldedScorer, quantized_model
-from runtimes.backend import Float32
+from runtimes.arrays import Float32
 from runtimes.errors import InputError
 from runtimes.session import check_n_loops
 

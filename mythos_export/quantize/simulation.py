@@ -16,7 +16,7 @@ from mythos_export.ops.products import ActivationRounding, round_blocks, round_s
 from mythos_export.quantize.compute import CACHE_LIMIT, Quantizer
 from mythos_export.quantize.graph import ACTIVATION_TYPES
 from mythos_export.quantize.plan import MatrixPlan, Plan
-from runtimes.backend import Float32
+from runtimes.arrays import Float32
 
 Round = Callable[[Tensor], Tensor]
 

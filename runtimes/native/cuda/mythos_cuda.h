@@ -172,6 +172,25 @@ typedef struct mythos_cuda_likeliest {
 uint64_t mythos_cuda_likeliest_workspace(const mythos_cuda_likeliest* likeliest);
 int32_t mythos_cuda_likeliest_launch(const mythos_cuda_likeliest* likeliest, void* stream);
 
+// A token from each row of logits, in the order of runtimes/sampling.py: repetition penalty, temperature (0 takes the largest), top_k (0
+// keeps all), top_p, min_p, one draw. -1 where one is to be drawn from what is no number. V at most 2^20.
+typedef struct mythos_cuda_choose {
+  uint32_t size;             // of this struct in bytes
+  int32_t rows, vocab;       // K, V
+  int32_t top_k;
+  double temperature, top_p, min_p, repetition_penalty;
+  const float* logits;       // [K, V]
+  const uint32_t* seen;      // [K, ceil(V / 32)]: bit v % 32 of word v / 32 for tokens under the penalty; null: none is
+  uint64_t* random;          // [K], in and out: the state of SplitMix64, which a draw takes one number of
+  int64_t* tokens;           // [K], out
+  float* logprobs;           // [K], out: natural log-probabilities, of the logits as they are
+  void* workspace;           // aligned to 256 bytes
+  uint64_t workspace_bytes;  // at least mythos_cuda_choose_workspace of this struct
+} mythos_cuda_choose;
+
+uint64_t mythos_cuda_choose_workspace(const mythos_cuda_choose* choose);
+int32_t mythos_cuda_choose_launch(const mythos_cuda_choose* choose, void* stream);
+
 // What the next step reads: past_len += counts, and input_ids = tokens where there are any.
 typedef struct mythos_cuda_advance {
   uint32_t size;             // of this struct in bytes
