@@ -56,18 +56,11 @@ Assignment Assign(const MixtureOfExpertsArgs& a, const float* logits) {
   return assigned;
 }
 
-// normed [T, D] gets rms_norm of x, logits [T, E] the router's.
-void Score(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& parallel, float* normed, float* logits) {
-  const size_t dim = a.router.k;
+// logits [T, E] gets the router's, of rms_norm of x.
+void Score(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& parallel, float* logits) {
   ForPieces(a.tokens, [&](size_t start, size_t count) {
     Activations x(count, a.router, k);
-    ForEach(parallel, x.groups(), [&](size_t group) {
-      x.Fill(group, [&](size_t token, float*) {
-        float* to = normed + (start + token) * dim;
-        k.rms_norm(a.x + (start + token) * dim, a.norm, dim, a.epsilon, to);
-        return to;
-      });
-    });
+    FillNormalized(x, a.x + start * a.router.k, a.norm, a.epsilon, k, parallel);
     ForProducts(x, a.router, parallel, [&](size_t token, size_t first, size_t n, const float* values, size_t stride) {
       float* to = logits + (start + token) * a.n_routed + first;
       for (size_t i = 0; i < n; ++i) to[i] = values[i * stride];
@@ -89,8 +82,8 @@ class Run {
 
   size_t rows() const { return start_[n_]; }
 
-  // activated [rows, F]; normed [T, D].
-  void Activate(const float* normed, float* activated) const {
+  // activated [rows, F]. Every expert's tokens are normalized again: that is little beside what it computes of them.
+  void Activate(float* activated) const {
     const size_t hidden = a.down.k;
     std::deque<Activations> inputs;
     std::vector<size_t> piece_of, input_of(n_);  // an input's first piece, a piece's input
@@ -103,7 +96,8 @@ class Run {
     }
     ForGroups(inputs, [&](size_t input, size_t group) {
       const Piece& piece = pieces_[piece_of[input]];
-      inputs[input].Fill(group, [&](size_t j, float*) { return normed + assigned_.TokenOf(piece, j) * a.gate_up.k; });
+      FillNormalized(inputs[input], group, a.norm, a.epsilon, k,
+                     [&](size_t j) { return a.x + assigned_.TokenOf(piece, j) * a.gate_up.k; });
     });
     const size_t rows = RowsATask(a.gate_up, a.tokens), tasks = CeilDiv(hidden, rows);
     ForEach(parallel, n_ * tasks, [&](size_t task) {
@@ -169,8 +163,8 @@ class Run {
 
 void MixtureOfExperts(const MixtureOfExpertsArgs& a, const Kernels& k, const Parallel& parallel) {
   const size_t dim = a.down.n;
-  Scratch normed(a.tokens * dim), logits(a.tokens * a.n_routed);
-  Score(a, k, parallel, normed.get(), logits.get());
+  Scratch logits(a.tokens * a.n_routed);
+  Score(a, k, parallel, logits.get());
   const Assignment assigned = Assign(a, logits.get());
   std::memcpy(a.y, a.x, a.tokens * dim * sizeof(float));
   const std::vector<Piece>& pieces = assigned.pieces;
@@ -180,7 +174,7 @@ void MixtureOfExperts(const MixtureOfExpertsArgs& a, const Kernels& k, const Par
       rows += pieces[end].count;
     const Run run(a, assigned, first, end, k, parallel);
     Scratch activated(run.rows() * a.down.k);
-    run.Activate(normed.get(), activated.get());
+    run.Activate(activated.get());
     run.Add(activated.get());
   }
 }

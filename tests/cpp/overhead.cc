@@ -44,7 +44,7 @@ int main(int argc, char** argv) {
   }
   const auto manifest = mythos::open_bundle(argv[1]);
   const auto text = mythos::open_text(argv[1], manifest.tokenizer);
-  Timed backend(mythos::open_onnxruntime(argv[1], manifest, {argc > 4 ? std::atoi(argv[4]) : 0, -1, "", 512}));
+  Timed backend(mythos::open_onnxruntime(argv[1], manifest, {argc > 4 ? std::atoi(argv[4]) : 0, -1, "", 0}));
   mythos::MemoryBudget budget(0);
   mythos::Request request;
   request.max_new_tokens = argc > 2 ? std::atoll(argv[2]) : 400;

@@ -76,7 +76,7 @@ struct BackendOptions {
   int threads;            // 0: all cores
   int native;             // 1, 0 or -1, as in mythos_options
   std::string operators;  // path of the native operators, "" for the usual places
-  int64_t longest_step;
+  int64_t longest_step;   // 0: as suits the weights
   uint64_t memory_limit;  // for weights; 0: none
 };
 

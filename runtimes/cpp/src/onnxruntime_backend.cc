@@ -12,6 +12,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr uint64_t kFewWeights = uint64_t{1} << 30;  // beside which a step's tensors of 512 tokens are more than a few percent
+
 ONNXTensorElementDataType element_type(const std::string& dtype) {
   if (dtype == "float16") return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
   if (dtype == "int8") return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
@@ -180,7 +182,9 @@ std::unique_ptr<Backend> open_onnxruntime(const fs::path& folder, const Manifest
     throw Error(MYTHOS_ERROR_MEMORY, "the weights take " + std::to_string(weights) + " bytes, more than the memory_limit of " +
                                          std::to_string(options.memory_limit) + "; raise it, or quantize the bundle");
   load_onnxruntime();
-  return std::make_unique<OnnxRuntimeBackend>(folder, graph, options);
+  BackendOptions filled = options;
+  if (filled.longest_step == 0) filled.longest_step = weights < kFewWeights ? 256 : 512;
+  return std::make_unique<OnnxRuntimeBackend>(folder, graph, filled);
 }
 
 }  // namespace mythos

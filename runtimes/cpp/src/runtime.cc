@@ -33,8 +33,6 @@ namespace {
 
 using mythos::refuse;
 
-constexpr int64_t kChunk = 512;  // tokens a step: long enough to use the cores
-
 std::string& message() {
   thread_local std::string text;
   return text;
@@ -149,12 +147,12 @@ mythos_status mythos_runner_open(const char* bundle, const mythos_options* optio
     const mythos_options chosen = filled(options, mythos_options_init, "options");
     if (chosen.threads < 0) refuse("threads is " + std::to_string(chosen.threads) + "; expected 0 (all cores) or more");
     if (chosen.prefill_chunk < 0)
-      refuse("prefill_chunk is " + std::to_string(chosen.prefill_chunk) + "; expected 0 (" + std::to_string(kChunk) + " tokens) or more");
+      refuse("prefill_chunk is " + std::to_string(chosen.prefill_chunk) + "; expected 0 (as many as suit the weights) or more");
     const auto manifest = mythos::open_bundle(bundle);
     auto text = mythos::open_text(bundle, manifest.tokenizer);
     auto backend = mythos::open_onnxruntime(
         bundle, manifest, {chosen.threads, chosen.native, chosen.operators_library ? chosen.operators_library : "",
-                 chosen.prefill_chunk ? chosen.prefill_chunk : kChunk, chosen.memory_limit});
+                          chosen.prefill_chunk, chosen.memory_limit});
     const uint64_t in_memory = manifest.weight_memory(backend->graph()), in_files = manifest.weight_bytes(backend->graph());
     const uint64_t left = chosen.memory_limit ? std::max<uint64_t>(chosen.memory_limit - in_memory, 1) : 0;
     *runner = new mythos_runner{std::move(backend), mythos::MemoryBudget(left), manifest, in_files, std::move(text)};

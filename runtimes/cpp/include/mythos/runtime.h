@@ -60,8 +60,8 @@ typedef struct mythos_options {
   const char* operators_library;  /* path of libmythos_ops.so; NULL: beside this library, or what MYTHOS_OPERATORS names */
   uint64_t memory_limit;          /* most bytes for weights and all caches together, as they lie in memory (16-bit weights are widened);
                                    * 0: no limit. What a step computes comes on top */
-  int64_t prefill_chunk;          /* tokens of each sequence that a step takes at most; 0: 512. Fewer take less memory beside weights and
-                                   * caches, and prefill longer */
+  int64_t prefill_chunk;          /* tokens of each sequence that a step takes at most; 0: 512, or 256 where the weights take less than
+                                   * 1 GiB. Fewer take less memory beside weights and caches, and prefill longer */
 } mythos_options;
 
 MYTHOS_API void mythos_options_init(mythos_options* options);
