@@ -76,7 +76,7 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 def _mythos_export(runner: Runner) -> Side:
     def side(context: list[int], steps: list[list[int]]) -> float:
-        session = runner.session()
+        session = runner.session(chunk=512)  # as llama.cpp's
         if context:
             session.advance([context])
         began = time.perf_counter()

@@ -83,7 +83,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Workload:
-    """prompt: tokens of the pp row; new: tokens of the tg row; 0 leaves a row out. context: tokens in the cache before those."""
+    """prompt: tokens of the pp row; new: tokens of the tg row; 0 leaves a row out. context: tokens in the cache before those.
+    chunk: tokens of a prefill step, by default what suits the backend."""
 
     prompt: int = 512
     new: int = 128
@@ -97,6 +98,7 @@ class Workload:
     engine: str | None = None
     memory_limit: int | None = None
     device: str | None = None
+    chunk: int | None = None
 
     @property
     def longest(self) -> int:
@@ -109,8 +111,8 @@ class Workload:
             raise InputError(
                 f"-p is {self.prompt}, -n {self.new} and -d {self.context}; expected 0 or more, and -p or -n above 0"
             )
-        for name, value in (("-r", self.repetitions), ("-b", self.batch)):
-            if value < 1:
+        for name, value in (("-r", self.repetitions), ("-b", self.batch), ("--chunk", self.chunk)):
+            if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; expected at least 1")
 
     def check(self, runner: Runner) -> int:
@@ -240,13 +242,13 @@ def runner_test(runner: Runner, name: str, workload: Workload, loops: int, befor
     tokens = _tokens(runner.graph.vocab_size, workload)
 
     def prefill(watch: Stopwatch) -> None:
-        session = runner.session(workload.batch, loops, tokens=workload.prompt)
+        session = runner.session(workload.batch, loops, workload.chunk, tokens=workload.prompt)
         with watch:
             session.advance(tokens[:, : workload.prompt].tolist())
         session.close()
 
     def decode(watch: Stopwatch) -> None:
-        session = runner.session(workload.batch, loops, tokens=workload.context + 1 + workload.new)
+        session = runner.session(workload.batch, loops, workload.chunk, tokens=workload.context + 1 + workload.new)
         session.advance(tokens[:, : workload.context + 1].tolist())
         steps = [column[:, None].tolist() for column in tokens[:, workload.context + 1 :].T[: workload.new]]
         if before:

@@ -112,6 +112,13 @@ def chosen_of(out: Logits, chooser: Chooser, rows: Rows) -> Chosen:
 
 
 PREFILL_CHUNK = 512  # tokens a step: bounds the memory of scores and expert inputs, long enough to use the cores
+_FEW_WEIGHTS = 2**30  # bytes, beside which a step's tensors of so many tokens are more than a few percent
+
+
+def prefill_chunk_beside(weights: int) -> int:
+    """Tokens of a prefill step on a CPU, where the caller names none, by bytes of weights: the C++ Runner's too, as steps of other
+    lengths round otherwise."""
+    return PREFILL_CHUNK if weights >= _FEW_WEIGHTS else PREFILL_CHUNK // 2
 
 
 class Backend(Protocol):

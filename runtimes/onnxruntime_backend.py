@@ -9,7 +9,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from runtimes import native_operators
-from runtimes.backend import PREFILL_CHUNK, Cancelled, StepInput, StepOutput, StopSignal, say_once
+from runtimes.backend import Cancelled, StepInput, StepOutput, StopSignal, prefill_chunk_beside, say_once
 from runtimes.bundle import Graph, Manifest
 from runtimes.errors import BackendError, BundleError
 from runtimes.host_sequences import HostSequences
@@ -32,7 +32,6 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     device = "cpu"
-    prefill_chunk = PREFILL_CHUNK
     engine = None
     memory = None
 
@@ -46,7 +45,9 @@ class OnnxRuntimeBackend:
         profile: Path | None = None,
     ) -> None:
         self.graph = _choose(manifest)
-        self._budget = MemoryBudget(memory_limit, self.graph.weight_bytes(manifest.files))
+        weights = self.graph.weight_bytes(manifest.files)
+        self._budget = MemoryBudget(memory_limit, weights)
+        self.prefill_chunk = prefill_chunk_beside(weights)
         wanted = native_operators.is_available() if native is None else native
         if wanted and not native_operators.is_available():
             raise BackendError(f"native operators are asked for, but {native_problem()}")

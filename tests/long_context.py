@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from mythos_export.export import export_bundle
-from runtimes.backend import PREFILL_CHUNK
 from runtimes.runner import Runner, load
 
 LAYERS, VOCAB, WIDTH = 2, 97, 128
+CHUNK = 512  # tokens a step
 CONFIG = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -48,7 +48,7 @@ def measure(folder: Path, tokens: int, new: int, window: int | None, threads: in
     export_bundle(folder / "checkpoint", folder / "bundle")
     ids = np.random.default_rng(0).integers(0, VOCAB, tokens).tolist()
     runner = load(folder / "bundle", "onnxruntime", threads)
-    run(runner, ids[: 2 * PREFILL_CHUNK], 2)
+    run(runner, ids[: 2 * CHUNK], 2)
     before = peak(reset=True)
     began = time.perf_counter()
     chosen, logits = run(runner, ids, new)
@@ -72,7 +72,7 @@ def measure(folder: Path, tokens: int, new: int, window: int | None, threads: in
 
 def run(runner: Runner, ids: list[int], new: int) -> tuple[list[int], np.ndarray]:
     """Greedy tokens, and the logits that each was chosen from."""
-    session = runner.session(tokens=len(ids) + new)
+    session = runner.session(chunk=CHUNK, tokens=len(ids) + new)
     step, chosen, rows = ids, list[int](), []
     for _ in range(new):
         rows.append(session.advance([step])[0][0])

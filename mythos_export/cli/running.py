@@ -189,6 +189,7 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", help="Repetitions.")] = 5,
     batch: Annotated[int, typer.Option("-b", help="Sequences at once.")] = 1,
     loops: Annotated[int | None, typer.Option(help="Loop count; default the trained one.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens of a prefill step; default what suits the backend.")] = None,
     backend: BackendName = Backend.auto,
     device: DeviceName = None,
     engine: EngineKey = None,
@@ -244,6 +245,7 @@ def bench(
             engine,
             limit,
             value_of(device),
+            chunk,
         )
         report = run(bundle, workload, reference, tell, profile)
     tables = [] if form is Form.csv else [profile_report(step) for step in report.profiles]
