@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from mythos_export.cli import app
 from runtimes.bundle import MANIFEST, open_bundle
+from runtimes.errors import InputError
 from runtimes.runner import Runner
 
 
@@ -133,7 +134,8 @@ def test_bench(bundle: Path, shakespeare: Path) -> None:
     assert run("bench", bundle, "-p", 0, "-n", 2, "-r", 1, "-o", "md").stdout.startswith("| test ")
     assert run("bench", bundle, "-p", 4, "-n", 0, "-r", 1, "-o", "csv").stdout.startswith("test,tokens_per_second,")
     assert json.loads(run("bench", bundle, "-p", 4, "-n", 0, "-r", 1, "-o", "json").stdout)["rows"]
-    assert "--chunk is 0; expected at least 1" in run("bench", bundle, "--chunk", 0, code=2).output
+    with pytest.raises(InputError, match="--chunk is 0; expected at least 1"):
+        run("bench", bundle, "--chunk", 0)
 
 
 @pytest.mark.parametrize(("cache", "row_bytes"), [("float32", 4 * 48), ("bfloat16", 2 * 48), ("int8", 48 + 4)])
