@@ -270,8 +270,9 @@ def _decode(runner: Runner, session: Session, steps: list[list[list[int]]]) -> N
     elif runner.backend == "tensorrt":  # it finds the likeliest tokens alone
         for step in steps:
             session.advance_choosing(step, Chooser.greedy(rows))
-    else:  # each step is fed what the one before it draws, which stays as various as given tokens
-        chooser = Chooser(Sampling(temperature=1.0), [()] * rows, [SplitMix64(row) for row in range(rows)])
+    else:  # each step is fed what the one before it chooses: sequences that grew alike would share experts
+        sampling = Sampling(temperature=0.0 if rows == 1 else 1.0)
+        chooser = Chooser(sampling, [()] * rows, [SplitMix64(row) for row in range(rows)])
         step = steps[0]
         for left in range(len(steps) - 1, -1, -1):
             step = session.advance_choosing(step, chooser, more=left > 0).tokens[:, None].tolist()
