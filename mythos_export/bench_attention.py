@@ -1,14 +1,16 @@
 """Speed of the attention operator alone, at the sizes of a bundle's layers, over caches of any length and number format.
 
-One new token attends to a whole cache, so the time is that of reading it, if the kernel is good.
+One new token of each sequence attends to a whole cache, so the time is that of reading it, if the kernel is good.
 
-Shape letters: H query heads, N qk_nope_head_dim, Q qk_rope_head_dim, R kv_lora_rank, V v_head_dim, C rows and W width of the cache.
+Shape letters: B batch, H query heads, N qk_nope_head_dim, Q qk_rope_head_dim, R kv_lora_rank, V v_head_dim, C rows and W width of
+the cache.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,14 +21,16 @@ import msgspec
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from mythos_export import footprint, ops
-from mythos_export.bandwidth import ReadBandwidth
+from mythos_export.bandwidth import Bandwidth, DeviceBandwidth, ReadBandwidth
 from mythos_export.bench import environment
 from mythos_export.config import AttentionConfig, LatentAttentionConfig, ModelConfig
+from runtimes import cuda
 from runtimes.errors import InputError
 from runtimes.onnxruntime_backend import session_options
+from runtimes.onnxruntime_cuda_session import Bound, CudaSession
 from runtimes.runner import load
 
 # Those of bundles, and the one the operators take besides.
@@ -40,7 +44,8 @@ CACHES: dict[str, tuple[int, np.dtype[Any]]] = {
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """One context: microseconds of one call, bytes of cache it reads, the rate that makes and its share of the read bandwidth."""
+    """One context: microseconds of one call, bytes of cache it reads for all sequences, the rate that makes and its share of the
+    bandwidth probed beside it."""
 
     context: int
     microseconds: float
@@ -62,6 +67,7 @@ class AttentionReport:
 
 
 _RUNS = 5  # of the operator in one measurement
+Test = Callable[[], float]
 Feeds = dict[str, NDArray[Any] | onnxruntime.OrtValue]
 Progress = Callable[[str, int, int], None]
 
@@ -74,40 +80,46 @@ def bench_attention(
     threads: int | None = None,
     native: bool | None = None,
     progress: Progress | None = None,
+    *,
+    batch: int = 1,
+    device: str | None = None,
 ) -> AttentionReport:
-    """Measures attention of one token over caches of `contexts` rows of cache_dtype, one of CACHES (default: the bundle's).
+    """Measures attention of a token of each of `batch` sequences over caches of `contexts` rows of cache_dtype, one of CACHES
+    (default: the bundle's). device: "cpu", the default, or "cuda".
 
-    The weights around it are random. Raises InputError for a context below 1 or an unknown dtype.
+    The weights around it are random. Raises InputError for a context or batch below 1, an unknown dtype or one that the device has
+    no kernel for, BackendError where nothing can run there.
     """
+    if batch < 1:
+        raise InputError(f"-b is {batch}; expected at least 1")
     if cache_dtype is not None and cache_dtype not in CACHES:
         raise InputError(f'cache_dtype is "{cache_dtype}"; expected one of {", ".join(CACHES)}')
     for context in contexts:
         if context < 1:
             raise InputError(f"attention over {context} rows; expected at least 1")
-    runner = load(bundle, "onnxruntime", threads, native)
-    cache_dtype = cache_dtype or runner.graph.cache_dtype
-    config = ModelConfig.from_dict(runner.manifest.model)
-    attention = config.layers[0].attention
-    session, weights = _session(attention, cache_dtype, threads, runner.native)
-    n_threads = threads or os.cpu_count() or 1
-    bandwidth = ReadBandwidth(n_threads)
+    with load(bundle, "onnxruntime", threads, native, device=device) as runner:
+        cache_dtype = cache_dtype or runner.graph.cache_dtype
+        if runner.device == "cuda" and cache_dtype == "int8":
+            raise InputError(
+                "cache_dtype int8 has no kernel on CUDA; name another with --cache-dtype, or leave out --device"
+            )
+        n_threads = threads or os.cpu_count() or 1
+        attention = ModelConfig.from_dict(runner.manifest.model).layers[0].attention
+        about = environment(runner, n_threads)
+        about |= {"attention": msgspec.to_builtins(attention), "cache_dtype": cache_dtype, "batch": batch}
+        on_device, native = runner.device == "cuda", runner.native
+    model, weights = _model(attention, cache_dtype, batch)
+    bandwidth: Bandwidth = DeviceBandwidth() if on_device else ReadBandwidth(n_threads)
+    alone = _OnDevice(model, weights) if on_device else _OnHost(model, weights, threads, native)
     rows = []
     for done, context in enumerate(contexts):
         if progress:
             progress("measuring", done, len(contexts))
-        feeds = {**weights, **_cache(attention, cache_dtype, context)}
-
-        def test(feeds: Feeds = feeds) -> float:
-            began = time.perf_counter()
-            for _ in range(_RUNS):
-                session.run(None, feeds)
-            return (time.perf_counter() - began) / _RUNS
-
+        shape = (1, batch, _rows(attention, context), attention.cache_width)
+        test = alone.over(context, shape, cache_dtype, attention)
         test()  # warm-up
-        n_bytes = _rows(attention, context) * footprint.row_bytes(attention.cache_width, cache_dtype)
+        n_bytes = shape[1] * shape[2] * footprint.row_bytes(attention.cache_width, cache_dtype)
         rows.append(_row(context, n_bytes, [bandwidth.beside(test) for _ in range(repetitions)]))
-    about = environment(runner, n_threads)
-    about |= {"attention": msgspec.to_builtins(attention), "cache_dtype": cache_dtype}
     return AttentionReport(tuple(rows), statistics.median(bandwidth.probes), about)
 
 
@@ -117,9 +129,7 @@ def _row(context: int, n_bytes: int, measured: list[tuple[float, float]]) -> Att
     return AttentionRow(context, seconds * 1e6, n_bytes, n_bytes / seconds / 1e9, statistics.median(shares))
 
 
-def _session(
-    config: AttentionConfig, cache_dtype: str, threads: int | None, native: bool
-) -> tuple[onnxruntime.InferenceSession, Feeds]:
+def _model(config: AttentionConfig, cache_dtype: str, batch: int) -> tuple[ModelProto, Feeds]:
     """One node in a graph, and its inputs besides the cache."""
     random = np.random.default_rng(0)
 
@@ -127,14 +137,14 @@ def _session(
         return random.standard_normal(shape, dtype=np.float32)
 
     half = config.rope_dim // 2
-    feeds: Feeds = {"cos": numbers(1, 1, half), "sin": numbers(1, 1, half), "slot": np.array(0)}
+    feeds: Feeds = {"cos": numbers(batch, 1, half), "sin": numbers(batch, 1, half), "slot": np.array(0)}
     attributes: dict[str, float]
     if isinstance(config, LatentAttentionConfig):
         head = config.qk_nope_head_dim + config.qk_rope_head_dim
         attributes = {"scale": head**-0.5, "epsilon": 1e-6}
         feeds |= {
-            "q": numbers(1, 1, config.n_heads * head),
-            "kv": numbers(1, 1, config.cache_width),
+            "q": numbers(batch, 1, config.n_heads * head),
+            "kv": numbers(batch, 1, config.cache_width),
             "kv_norm": np.ones(config.kv_lora_rank, dtype=np.float32),
             "w_uk": numbers(config.n_heads, config.kv_lora_rank, config.qk_nope_head_dim),
             "w_uv": numbers(config.n_heads, config.v_head_dim, config.kv_lora_rank),
@@ -142,7 +152,7 @@ def _session(
     else:
         attributes = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "window": config.window}
         attributes["scale"] = config.head_dim**-0.5
-        feeds["qkv"] = numbers(1, 1, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
+        feeds["qkv"] = numbers(batch, 1, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
     name = "LatentAttention" if isinstance(config, LatentAttentionConfig) else "GroupedQueryAttention"
     if cache_dtype == "int8":
         name += "Int8Cache"
@@ -163,8 +173,7 @@ def _session(
     )
     imports = [helper.make_opsetid("", ops.OPSET), helper.make_opsetid(ops.DOMAIN, ops.DOMAIN_VERSION)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=[operator.functions[""]])
-    options = session_options(threads, native)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options), feeds
+    return model, feeds
 
 
 def _rows(config: AttentionConfig, context: int) -> int:
@@ -172,14 +181,91 @@ def _rows(config: AttentionConfig, context: int) -> int:
     return min(context, getattr(config, "window", 0) or context)
 
 
-def _cache(config: AttentionConfig, cache_dtype: str, context: int) -> Feeds:
-    """Rows of ones."""
-    shape, (kind, dtype) = (1, 1, _rows(config, context), config.cache_width), CACHES[cache_dtype]
-    past_kv: NDArray[Any] = np.full(shape, 0x3F80 if cache_dtype == "bfloat16" else 1, dtype)
-    feeds: Feeds = {
-        "past_kv": onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(past_kv, kind),
-        "past_len": np.array([context]),
-    }
-    if cache_dtype == "int8":
-        feeds["past_scale"] = np.full(shape[:3], 0.01, dtype=np.float32)
-    return feeds
+class _OnHost:
+    """The operator on onnxruntime's CPU provider."""
+
+    def __init__(self, model: ModelProto, weights: Feeds, threads: int | None, native: bool) -> None:
+        self._session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(threads, native))
+        self._weights = weights
+
+    def over(self, context: int, shape: tuple[int, ...], cache_dtype: str, config: AttentionConfig) -> Test:
+        """Seconds a call takes over a cache of that shape [1, B, C, W], of ones."""
+        kind, dtype = CACHES[cache_dtype]
+        past_kv: NDArray[Any] = np.full(shape, 0x3F80 if cache_dtype == "bfloat16" else 1, dtype)
+        feeds = self._weights | {
+            "past_kv": onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(past_kv, kind),
+            "past_len": np.full(shape[1], context),
+        }
+        if cache_dtype == "int8":
+            feeds["past_scale"] = np.full(shape[:3], 0.01, dtype=np.float32)
+
+        def test() -> float:
+            began = time.perf_counter()
+            for _ in range(_RUNS):
+                self._session.run(None, feeds)
+            return (time.perf_counter() - began) / _RUNS
+
+        return test
+
+
+class _OnDevice:
+    """The operator on onnxruntime's CUDA provider, over caches that together are larger than the GPU's own."""
+
+    _BYTES, _MOST = 256 * 2**20, 64  # of caches, and how many
+
+    def __init__(self, model: ModelProto, weights: Feeds) -> None:
+        self._stream, self._weights = cuda.Stream(), weights
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "attention.onnx"
+            path.write_bytes(model.SerializeToString())
+            self._session = CudaSession(path, self._stream, None, capture=True)
+
+    def over(self, context: int, shape: tuple[int, ...], cache_dtype: str, config: AttentionConfig) -> Test:
+        """Seconds a call takes over caches of that shape [1, B, C, W], of zeros, in turn."""
+        (kind, dtype), batch = CACHES[cache_dtype], shape[1]
+        size = int(np.prod(shape)) * dtype.itemsize
+        count = min(self._MOST, max(2, -(-self._BYTES // size)))
+        caches = [cuda.DeviceBuffer(size, f"a cache of {batch} × {shape[2]} rows") for _ in range(count)]
+        held, inputs = list[Any](caches), list[Bound]()
+        for name, value in (self._weights | {"past_len": np.full(batch, context)}).items():
+            array = np.ascontiguousarray(value)
+            on_host = name in self._session.host_inputs
+            place = array if on_host else cuda.DeviceBuffer(array.nbytes, name)
+            if isinstance(place, cuda.DeviceBuffer):
+                self._stream.upload(place.address, array)
+            address = place.address if isinstance(place, cuda.DeviceBuffer) else place.ctypes.data
+            inputs.append(Bound(name, array.dtype.type, array.shape, address, on_host))
+            held.append(place)
+        outputs, element_type = [], kind if cache_dtype == "bfloat16" else dtype.type
+        heads = config.v_head_dim if isinstance(config, LatentAttentionConfig) else config.head_dim
+        for name, width, of in (("y", config.n_heads * heads, np.float32), ("new_kv", shape[3], element_type)):
+            held.append(cuda.DeviceBuffer(batch * width * 4, name))
+            outputs.append(Bound(name, of, (batch, 1, width), held[-1].address))
+        bindings = []
+        for cache in caches:
+            self._stream.fill_zero(cache.address, size)
+            past = Bound("past_kv", element_type, shape, cache.address)
+            bindings.append(
+                self._session.bind([*inputs, past], [o for o in outputs if o.name in self._session.outputs])
+            )
+
+        def in_turn() -> None:
+            for binding in bindings:
+                self._session.run(binding)
+
+        for _ in range(2):  # onnxruntime takes its memory in the first runs
+            in_turn()
+        graph = self._stream.capture(in_turn) if self._session.obstacle is None else None
+
+        def test(held: list[Any] = held) -> float:
+            self._stream.synchronize()
+            began = time.perf_counter()
+            for _ in range(_RUNS):
+                if graph is not None:
+                    graph.launch()
+                else:
+                    in_turn()
+            self._stream.synchronize()
+            return (time.perf_counter() - began) / (_RUNS * count)
+
+        return test

@@ -118,12 +118,14 @@ def attention_report(plain: dict[str, Any]) -> str:
         for row in plain["rows"]
     ]
     environment = plain["environment"]
-    kind = environment["attention"]["kind"]
+    kind, device = environment["attention"]["kind"], environment["device"]
+    where = device or f"{environment['cpu']}, {environment['threads']} threads"
+    probe = "copy bandwidth" if device else "read bandwidth"
     return (
-        f"{environment['cpu']}, {environment['threads']} threads, {environment['operators']} operators; {kind} attention of one "
-        f"token, {environment['cache_dtype']} cache\n"
-        + markdown_table(["cached rows", "µs", "bytes", "GB/s", "share of read bandwidth"], rows)
-        + f"\nread bandwidth here {plain['read_bandwidth_gb_per_second']:.1f} GB/s"
+        f"{where}, {environment['operators']} operators; {kind} attention of one token of {environment['batch']} sequence(s), "
+        f"{environment['cache_dtype']} cache\n"
+        + markdown_table(["cached rows", "µs", "bytes", "GB/s", f"share of {probe}"], rows)
+        + f"\n{probe} here {plain['read_bandwidth_gb_per_second']:.1f} GB/s"
     )
 
 

@@ -519,6 +519,33 @@ def test_what_runs_where(gpu: FakeOnnxRuntime, own_bundle: Path, caplog: pytest.
             load(own_bundle, **options)
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_attention_alone(
+    gpu: FakeOnnxRuntime, fixed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], graphs: bool
+) -> None:
+    """Over caches in turn; all memory is given back."""
+    monkeypatch.setattr("mythos_export.bandwidth._BYTES", 2**20)
+    monkeypatch.setattr("mythos_export.bench_attention._OnDevice._BYTES", 100_000)
+    gpu.fails = set() if graphs else {"graph"}
+    command = ("bench", fixed, "--attention", "8,300", "-b", 2, "-r", 1, "--device", "cuda")
+    code, out, err = call(monkeypatch, capsys, *command, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert [row["bytes"] for row in report["rows"]] == [2 * 8 * 4 * 48, 2 * 300 * 4 * 48]
+    assert (report["environment"]["device"], report["environment"]["batch"]) == ("Fake GPU", 2)
+    assert bool(gpu.cuda.calls["cudaGraphLaunch"]) is graphs
+    gc.collect()
+    assert (gpu.cuda.allocated, gpu.cuda.graphs) == (0, {})
+    assert "share of copy bandwidth" in call(monkeypatch, capsys, *command)[1]
+    for option, value, reason in (
+        ("--cache-dtype", "int8", "has no kernel on CUDA"),
+        ("-b", 0, "-b is 0; expected at"),
+    ):
+        code, _, err = call(monkeypatch, capsys, *command, option, value)
+        assert code == 2
+        assert reason in err
+
+
 def test_the_command_line(
     gpu: FakeOnnxRuntime, fixed: Path, shakespeare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

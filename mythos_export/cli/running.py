@@ -228,7 +228,17 @@ def bench(
         from mythos_export.bench_attention import bench_attention
 
         with progress_bar(quiet or as_json) as tell:
-            alone = bench_attention(bundle, contexts, cache_dtype, repetitions, threads, native, tell)
+            alone = bench_attention(
+                bundle,
+                contexts,
+                cache_dtype,
+                repetitions,
+                threads,
+                native,
+                tell,
+                batch=batch,
+                device=value_of(device),
+            )
         emit(as_json, alone.to_dict(), "" if as_json else attention_report(alone.to_dict()))
         return
     with progress_bar(quiet or as_json) as tell:
