@@ -25,8 +25,8 @@ from onnx import ModelProto, TensorProto, helper
 
 from mythos_export import footprint, ops
 from mythos_export.bandwidth import Bandwidth, DeviceBandwidth, ReadBandwidth
-from mythos_export.bench import environment
 from mythos_export.config import AttentionConfig, LatentAttentionConfig, ModelConfig
+from mythos_export.environment import environment
 from runtimes import cuda
 from runtimes.errors import InputError
 from runtimes.onnxruntime_backend import session_options
@@ -110,13 +110,17 @@ def bench_attention(
         on_device, native = runner.device == "cuda", runner.native
     model, weights = _model(attention, cache_dtype, batch)
     bandwidth: Bandwidth = DeviceBandwidth() if on_device else ReadBandwidth(n_threads)
-    alone = _OnDevice(model, weights) if on_device else _OnHost(model, weights, threads, native)
+    alone = (
+        _OnDevice(model, weights, cache_dtype, attention)
+        if on_device
+        else _OnHost(model, weights, cache_dtype, threads, native)
+    )
     rows = []
     for done, context in enumerate(contexts):
         if progress:
             progress("measuring", done, len(contexts))
         shape = (1, batch, _rows(attention, context), attention.cache_width)
-        test = alone.over(context, shape, cache_dtype, attention)
+        test = alone.over(context, shape)
         test()  # warm-up
         n_bytes = shape[1] * shape[2] * footprint.row_bytes(attention.cache_width, cache_dtype)
         rows.append(_row(context, n_bytes, [bandwidth.beside(test) for _ in range(repetitions)]))
@@ -184,19 +188,19 @@ def _rows(config: AttentionConfig, context: int) -> int:
 class _OnHost:
     """The operator on onnxruntime's CPU provider."""
 
-    def __init__(self, model: ModelProto, weights: Feeds, threads: int | None, native: bool) -> None:
+    def __init__(self, model: ModelProto, weights: Feeds, cache_dtype: str, threads: int | None, native: bool) -> None:
         self._session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(threads, native))
-        self._weights = weights
+        self._weights, self._cache_dtype = weights, cache_dtype
 
-    def over(self, context: int, shape: tuple[int, ...], cache_dtype: str, config: AttentionConfig) -> Test:
+    def over(self, context: int, shape: tuple[int, ...]) -> Test:
         """Seconds a call takes over a cache of that shape [1, B, C, W], of ones."""
-        kind, dtype = CACHES[cache_dtype]
-        past_kv: NDArray[Any] = np.full(shape, 0x3F80 if cache_dtype == "bfloat16" else 1, dtype)
+        kind, dtype = CACHES[self._cache_dtype]
+        past_kv: NDArray[Any] = np.full(shape, 0x3F80 if self._cache_dtype == "bfloat16" else 1, dtype)
         feeds = self._weights | {
             "past_kv": onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(past_kv, kind),
             "past_len": np.full(shape[1], context),
         }
-        if cache_dtype == "int8":
+        if self._cache_dtype == "int8":
             feeds["past_scale"] = np.full(shape[:3], 0.01, dtype=np.float32)
 
         def test() -> float:
@@ -213,20 +217,25 @@ class _OnDevice:
 
     _BYTES, _MOST = 256 * 2**20, 64  # of caches, and how many
 
-    def __init__(self, model: ModelProto, weights: Feeds) -> None:
-        self._stream, self._weights = cuda.Stream(), weights
+    def __init__(self, model: ModelProto, weights: Feeds, cache_dtype: str, config: AttentionConfig) -> None:
+        self._stream, self._weights, self._cache_dtype = cuda.Stream(), weights, cache_dtype
+        values = config.v_head_dim if isinstance(config, LatentAttentionConfig) else config.head_dim
+        self._y_width = config.n_heads * values
+        self._held: list[Any] = []  # memory of the last test
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "attention.onnx"
             path.write_bytes(model.SerializeToString())
             self._session = CudaSession(path, self._stream, None, capture=True)
 
-    def over(self, context: int, shape: tuple[int, ...], cache_dtype: str, config: AttentionConfig) -> Test:
-        """Seconds a call takes over caches of that shape [1, B, C, W], of zeros, in turn."""
-        (kind, dtype), batch = CACHES[cache_dtype], shape[1]
+    def over(self, context: int, shape: tuple[int, ...]) -> Test:
+        """Seconds a call takes over caches of that shape [1, B, C, W], of zeros, in turn. The test before it is of no use then."""
+        (kind, dtype), batch = CACHES[self._cache_dtype], shape[1]
+        self._held.clear()
         size = int(np.prod(shape)) * dtype.itemsize
         count = min(self._MOST, max(2, -(-self._BYTES // size)))
         caches = [cuda.DeviceBuffer(size, f"a cache of {batch} × {shape[2]} rows") for _ in range(count)]
-        held, inputs = list[Any](caches), list[Bound]()
+        held, inputs = self._held, list[Bound]()
+        held += caches
         for name, value in (self._weights | {"past_len": np.full(batch, context)}).items():
             array = np.ascontiguousarray(value)
             on_host = name in self._session.host_inputs
@@ -236,9 +245,8 @@ class _OnDevice:
             address = place.address if isinstance(place, cuda.DeviceBuffer) else place.ctypes.data
             inputs.append(Bound(name, array.dtype.type, array.shape, address, on_host))
             held.append(place)
-        outputs, element_type = [], kind if cache_dtype == "bfloat16" else dtype.type
-        heads = config.v_head_dim if isinstance(config, LatentAttentionConfig) else config.head_dim
-        for name, width, of in (("y", config.n_heads * heads, np.float32), ("new_kv", shape[3], element_type)):
+        outputs, element_type = [], kind if self._cache_dtype == "bfloat16" else dtype.type
+        for name, width, of in (("y", self._y_width, np.float32), ("new_kv", shape[3], element_type)):
             held.append(cuda.DeviceBuffer(batch * width * 4, name))
             outputs.append(Bound(name, of, (batch, 1, width), held[-1].address))
         bindings = []
@@ -257,7 +265,7 @@ class _OnDevice:
             in_turn()
         graph = self._stream.capture(in_turn) if self._session.obstacle is None else None
 
-        def test(held: list[Any] = held) -> float:
+        def test() -> float:
             self._stream.synchronize()
             began = time.perf_counter()
             for _ in range(_RUNS):

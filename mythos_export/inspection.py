@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mythos_export import __version__, footprint
-from mythos_export.bench import cpu_name
 from mythos_export.config import ModelConfig
+from mythos_export.environment import cpu_name
 from runtimes import cuda, cuda_kernels, native_operators, tensorrt_api
 from runtimes.bundle import open_bundle
 from runtimes.engine_folder import engine_summaries

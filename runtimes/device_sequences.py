@@ -6,8 +6,7 @@ Shape letters: B batch, S new tokens, C capacity and W width of the cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +22,9 @@ from runtimes.sampling import NO_NUMBERS
 from runtimes.step_tensors import StepShape
 
 
-@dataclass
-class _Ahead:
-    """A step put on the stream before it is asked for. ids [B, 1]: what it is fed, known once the step before it is done; n_loops
-    [B]; random [B]: states of the random numbers that its tokens are drawn with."""
+class _Ahead(NamedTuple):
+    """A step put on the stream before it is asked for. ids [B, 1]: what it is fed; n_loops [B]; random [B]: states of the random
+    numbers that its tokens are drawn with."""
 
     step: Step
     ids: Int64
@@ -104,12 +102,11 @@ class DeviceSequences:
     def _step(self, new: NewTokens, chooser: Chooser | None, stop: StopSignal, *, more: bool = False) -> Arrays:
         with self._executor.lock:
             step = self._taken_ahead(new, chooser, stop) or self._start(new, chooser, stop)
-            if more and chooser is not None:
-                self._ahead = self._follow(step, new, chooser)
+            following = self._follow(step, new) if more and chooser is not None else None
             out = self._executor.finish(step)
             self._length = self._length + new.counts
-            if self._ahead is not None:
-                self._ahead.ids = out["next_token"]
+            if following is not None and chooser is not None:
+                self._ahead = _Ahead(following, out["next_token"], new.n_loops, chooser.random_states(draws=1))
             return out
 
     def _start(self, new: NewTokens, chooser: Chooser | None, stop: StopSignal) -> Step:
@@ -134,15 +131,12 @@ class DeviceSequences:
             choice = Choice(chooser.sampling, chooser.random_states(), seen)
         return executor.start(shape, self.address, values, choice, stop, then)
 
-    def _follow(self, step: Step, new: NewTokens, chooser: Chooser) -> _Ahead | None:
+    def _follow(self, step: Step, new: NewTokens) -> Step | None:
         """The step after one of a token a sequence, where there is room for its rows."""
         longest = int(self._length.max()) + 2
         if new.ids.shape[1] != 1 or (new.counts != 1).any() or self._must_grow(longest):
             return None
-        following = self._executor.follow(step)
-        if following is None:
-            return None
-        return _Ahead(following, new.ids, new.n_loops, chooser.random_states(draws=1))
+        return self._executor.follow(step)
 
     def _taken_ahead(self, new: NewTokens, chooser: Chooser | None, stop: StopSignal) -> Step | None:
         """The step put on the stream before, where it is the one wanted now."""

@@ -96,11 +96,12 @@ class Choice(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A step's inputs and outputs in the staging. tensors: addresses on the device; inputs: views of pinned memory; outputs: each
-    tensor with its offset from the first. to_device, to_host: bytes to copy in, and back with logits; unseen, reduced: the same but
-    for the tokens seen, and for a step that chooses."""
+    """A step's inputs and outputs in the staging. tensors: addresses on the device; first_output: the lowest of the outputs';
+    inputs: views of pinned memory; outputs: each tensor with its offset from the first. to_device, to_host: bytes to copy in, and
+    back with logits; unseen, reduced: the same but for the tokens seen, and for a step that chooses."""
 
     tensors: dict[str, int]
+    first_output: int
     inputs: Arrays
     outputs: dict[str, tuple[Tensor, int]]
     to_device: int
@@ -132,7 +133,7 @@ AnyBinding = TypeVar("AnyBinding", bound=Binding)
 
 
 class Step(NamedTuple):
-    """A step on the stream. number: of steps before it. choice: None where its logits are wanted."""
+    """A step on the stream. number: its place among all of the executor's. choice: None where its logits are wanted."""
 
     binding: Binding
     choice: Choice | None
@@ -158,7 +159,6 @@ class DeviceExecutor(ABC, Generic[AnyBinding]):
         self.stream, self.layout, self.budget = stream, layout, budget
         self.vocab_size, self._integers = vocab_size, integers
         self._inputs = Staging("a step's input")
-        self._outputs = cuda.DeviceBuffer(cuda.ALIGNMENT, "a step's output")
         self._slots: list[Slot] = []
         self._unused: list[Slot] = []  # by any step
         self._number = 0  # of steps so far
@@ -239,7 +239,7 @@ class DeviceExecutor(ABC, Generic[AnyBinding]):
             if choice is not None:
                 self._choose(binding, choice.sampling)
             size = placed.reduced if choice is not None else placed.to_host
-            self.stream.copy_to_host(slot.address(size), self._outputs.address, size)
+            self.stream.copy_to_host(slot.address(size), placed.first_output, size)
             slot.event.record(self.stream)
             if then is not None:
                 then(binding.new_rows)
@@ -266,15 +266,12 @@ class DeviceExecutor(ABC, Generic[AnyBinding]):
         """Makes room for a step's tensors, the logits last. What was bound to smaller staging is bound anew at its next use."""
         (input_at, to_device), (output_at, to_host) = side_by_side(inputs), side_by_side(outputs)
         self._version += self._inputs.reserve(to_device)
-        if to_host > self._outputs.size:
-            larger = cuda.DeviceBuffer(to_host, "a step's output")
-            self._outputs.close()
-            self._outputs = larger
-            self._version += 1
+        first_output = self._block("a step's output", to_host)
         tensors = {name: self._inputs.device.address + at for name, at in input_at.items()}
-        tensors |= {name: self._outputs.address + at for name, at in output_at.items()}
+        tensors |= {name: first_output + at for name, at in output_at.items()}
         return Placed(
             tensors,
+            first_output,
             {t.name: self._inputs.host.array(t.dtype, t.shape, input_at[t.name]) for t in inputs},
             {t.name: (t, output_at[t.name]) for t in outputs},
             to_device,
@@ -315,6 +312,6 @@ class DeviceExecutor(ABC, Generic[AnyBinding]):
             self.closed = True
             with contextlib.suppress(BackendError):
                 self.stream.synchronize()  # a step that was dropped may still run
-            owned: list[Staging | Slot | cuda.DeviceBuffer] = [self._inputs, self._outputs, *self._slots]
-            for part in owned + list(self._blocks.values()):
+            owned: list[Staging | Slot | cuda.DeviceBuffer] = [self._inputs, *self._slots, *self._blocks.values()]
+            for part in owned:
                 part.close()
