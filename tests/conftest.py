@@ -16,6 +16,7 @@ from c_runtime import Library
 from fake_cuda import FakeCuda
 from fake_cuda_kernels import install_kernels
 from fake_engine import add_engine
+from fake_onnxruntime import FakeOnnxRuntime, add_cuda_form, install_onnxruntime
 from fake_tensorrt import FakeTensorRT
 
 from runtimes import backend as backend_module
@@ -175,3 +176,26 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def library(sdk: Path) -> Library:
     return Library(next(sdk.glob("lib*/libmythos_runtime.so")))
+
+
+@pytest.fixture
+def gpu(fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> FakeOnnxRuntime:
+    monkeypatch.setattr(device_memory, "BUCKET", 16)
+    return install_onnxruntime(monkeypatch, fake.cuda, fake.kernels)
+
+
+@pytest.fixture
+def fixed(fixed_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle with its 4 loops unrolled, with a form for CUDA."""
+    return add_cuda_form(Path(shutil.copytree(fixed_bundle, tmp_path / "fixed")))
+
+
+@pytest.fixture
+def dynamic(own_bundle: Path) -> Path:
+    return add_cuda_form(own_bundle)
+
+
+@pytest.fixture
+def runner_on_gpu(gpu: FakeOnnxRuntime, fixed: Path) -> Iterator[Runner]:
+    with load(fixed, device="cuda") as runner:
+        yield runner

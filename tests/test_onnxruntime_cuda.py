@@ -10,53 +10,20 @@ import gc
 import json
 import logging
 import re
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import cudaError_t
-from fake_engine import add_engine
-from fake_onnxruntime import FakeOnnxRuntime, add_cuda_form, install_onnxruntime
-from fake_tensorrt import FakeTensorRT
-from test_tensorrt_cli import call
+from fake_onnxruntime import FakeOnnxRuntime, add_cuda_form
 
-from mythos_export.inspection import doctor
-from runtimes import cuda, cuda_kernels, device_memory, onnxruntime_cuda, onnxruntime_cuda_session
+from runtimes import cuda, device_memory, onnxruntime_cuda
 from runtimes.backend import Cancelled, StepInput, StepOutput
 from runtimes.choosing import Chooser
-from runtimes.errors import BackendError, InputError, MemoryLimitError
+from runtimes.errors import BackendError, MemoryLimitError
 from runtimes.runner import Runner, load
-from runtimes.sampling import Sampling, SplitMix64
-from runtimes.session import Session
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [400, 3, 77], list(range(100, 145)), [2]]
-
-
-@pytest.fixture
-def gpu(fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> FakeOnnxRuntime:
-    monkeypatch.setattr(device_memory, "BUCKET", 16)
-    return install_onnxruntime(monkeypatch, fake.cuda, fake.kernels)
-
-
-@pytest.fixture
-def fixed(fixed_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle with its 4 loops unrolled, with a form for CUDA."""
-    return add_cuda_form(Path(shutil.copytree(fixed_bundle, tmp_path / "fixed")))
-
-
-@pytest.fixture
-def dynamic(own_bundle: Path) -> Path:
-    return add_cuda_form(own_bundle)
-
-
-@pytest.fixture
-def runner_on_gpu(gpu: FakeOnnxRuntime, fixed: Path) -> Iterator[Runner]:
-    with load(fixed, device="cuda") as runner:
-        yield runner
 
 
 def on_cpu(bundle: Path) -> Runner:
@@ -180,93 +147,6 @@ def test_a_token_costs_a_launch_a_wait_and_a_few_bytes(runner_on_gpu: Runner, gp
     assert moved["cudaMemcpyHostToDevice"] <= 50 * 5 * 256
     assert moved["cudaMemcpyDeviceToHost"] <= 50 * 3 * 256
     assert moved["cudaMemcpyDeviceToDevice"] == 0
-
-
-def test_tokens_are_drawn_on_the_device(runner_on_gpu: Runner, gpu: FakeOnnxRuntime) -> None:
-    """No logits come to the host; of seen tokens a bit each goes to the device, where there is a penalty."""
-    moved = gpu.cuda.moved
-    for penalty, seen in ((1.0, 0), (1.2, runner_on_gpu.graph.vocab_size // 8)):
-        moved.clear()
-        gpu.cuda.calls.clear()
-        options = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": penalty, "seed": 0, "ignore_eos": True}
-        runner_on_gpu.generate(PROMPTS[2], 12, **options).complete()
-        assert moved["cudaMemcpyDeviceToHost"] <= 13 * 3 * 256
-        assert 12 * seen <= moved["cudaMemcpyHostToDevice"] <= 12 * (7 * 256 + seen)
-        assert gpu.cuda.calls["cudaGraphLaunch"] >= 9
-
-
-def test_no_number_is_drawn_from(runner_on_gpu: Runner, gpu: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = gpu.kernels._draw
-
-    def spoilt(call: Any) -> None:
-        gpu.kernels._array(call.logits, (call.rows, call.vocab))[-1, 7] = np.nan
-        find(call)
-
-    monkeypatch.setattr(gpu.kernels, "_draw", spoilt)
-    with pytest.raises(BackendError, match="the model's logits are no numbers"):
-        runner_on_gpu.generate(PROMPTS, 3, temperature=1.0).complete()
-
-
-def pending(gpu: FakeOnnxRuntime) -> bool:
-    """Whether work is left on a stream."""
-    return any(stream.work for stream in gpu.cuda.streams.values())
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 20, "seed": 4}])
-def test_the_next_step_is_under_way_before_a_token_is_read(
-    runner_on_gpu: Runner, gpu: FakeOnnxRuntime, options: dict[str, Any]
-) -> None:
-    """But after the last one, so that none is computed in vain unless a sequence ends early."""
-    generation = runner_on_gpu.generate(PROMPTS[0], 20, ignore_eos=True, **options)
-    under_way = []
-    for _ in generation:
-        under_way.append(pending(gpu))
-    assert under_way == [False] + [True] * 18 + [False]  # what follows a prefill is of another shape
-    assert gpu.shapes_run == [(1, len(PROMPTS[0]))] + [(1, 1)] * 19
-    gpu.shapes_run.clear()
-    stop = generation.ids[10]
-    stopped = runner_on_gpu.generate(PROMPTS[0], 20, ignore_eos=True, stop=stop, **options).complete()
-    assert stopped.ids == generation.ids[: generation.ids.index(stop) + 1]
-    assert len(gpu.shapes_run) == len(stopped.ids) + 1
-
-
-def test_a_step_begun_in_vain_changes_nothing(runner_on_gpu: Runner, gpu: FakeOnnxRuntime, fixed: Path) -> None:
-    """Tokens other than those chosen, logits, other rows, another session in between, other random numbers."""
-    cpu = on_cpu(fixed)
-    sessions, others = ([each.session(2) for each in (runner_on_gpu, cpu)] for _ in range(2))
-    for one, other in zip(sessions, others, strict=True):
-        one.advance([[5, 6, 7], [8]])
-        other.advance([[9], [10, 11]])
-    results: list[list[Any]] = [[], []]
-    for session, other, told in zip(sessions, others, results, strict=True):
-        chooser = Chooser(Sampling(1.0), [(), ()], [SplitMix64(1), SplitMix64(2)])
-
-        def go(
-            step: list[list[int]], which: Session = session, how: Chooser = chooser, told: list[Any] = told
-        ) -> list[list[int]]:
-            chosen = which.advance_choosing(step, how, more=True)
-            told.append((chosen.tokens.tolist(), which.past_len.tolist(), chosen.exit_loop.tolist()))
-            return [[token] for token in chosen.tokens.tolist()]
-
-        step = go(go([[1], [2]]))
-        step = go([[3], [4]])  # not what was chosen
-        step = go(go(step))
-        told.append(session.advance(step)[0].argmax(-1).tolist())
-        step = go([[5], [6]], other)
-        step = go(go([[7], [8]]), session)
-        for _ in range(4):  # in turn
-            go(step, other)
-            step = go(step)
-        chooser.random[0].next()
-        step = go(step)
-        greedy = Chooser.greedy(2)
-        for _ in range(3):
-            step = go(step, how=greedy)
-        session.keep([1])
-        told.append(session.advance_choosing([[3]], Chooser.greedy(1), more=True).tokens.tolist())
-        session.close()
-    assert results[0] == results[1]
-    assert gpu.cuda.calls["cudaGraphLaunch"] > 5
 
 
 def test_steps_are_captured_once_a_shape_and_cache(runner_on_gpu: Runner, gpu: FakeOnnxRuntime) -> None:
@@ -420,158 +300,3 @@ def test_closing_and_forgetting_free_everything(gpu: FakeOnnxRuntime, fixed: Pat
     del runner
     gc.collect()
     assert (gpu.cuda.allocated, len(gpu.cuda.host), gpu.cuda.streams) == (0, 0, {})
-
-
-# What is chosen, and what is missing
-
-
-def no_provider(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    gpu.providers = ["CPUExecutionProvider"]
-
-
-def no_operators(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(onnxruntime_cuda_session, "LIBRARY", bundle / "libmythos_ops_cuda.so")
-
-
-def no_kernels(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cuda_kernels, "LIBRARY", bundle / "libmythos_cuda.so")
-
-
-def old_kernels(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.delattr(gpu.kernels, "mythos_cuda_append_launch")
-
-
-def no_module(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    cuda._runtime.cache_clear()
-
-
-def no_driver(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    gpu.cuda.problem = cudaError_t.cudaErrorInsufficientDriver
-
-
-def no_cuda_libraries(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    gpu.loaded = ["CPUExecutionProvider"]
-
-
-def refused(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    gpu.fails.add("open")
-
-
-def cache_on_host(gpu: FakeOnnxRuntime, bundle: Path, patch: pytest.MonkeyPatch) -> None:
-    gpu.host.add("past_kv")
-
-
-MISSING = [
-    (no_provider, "has no CUDAExecutionProvider; run: pip uninstall onnxruntime, then: pip install .* onnxruntime-gpu"),
-    (no_operators, "the operators for CUDA are missing: .*libmythos_ops_cuda.so is not built; run: make cuda"),
-    (no_kernels, "the CUDA kernels are missing: .*libmythos_cuda.so is not built; run: make cuda"),
-    (old_kernels, "the CUDA kernels cannot be used: .*mythos_cuda_append_launch.*; run: make cuda"),
-    (no_module, "cuda.bindings.runtime cannot be imported.*pip install cuda-bindings"),
-    (no_driver, "no GPU can be used: .*install or update the NVIDIA driver"),
-    (no_cuda_libraries, "cannot load its CUDAExecutionProvider: Failed to load libcublas.*onnxruntime-gpu.cuda,cudnn"),
-    (refused, "refuses it on the GPU: .*no kernel for LatentAttention"),
-    (cache_on_host, "reads its cache on the CPU; export again"),
-]
-
-
-@pytest.mark.parametrize(("spoil", "reason"), MISSING)
-def test_what_is_missing_is_told(
-    gpu: FakeOnnxRuntime, fixed: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., None], reason: str
-) -> None:
-    """And nothing else runs in its place."""
-    spoil(gpu, fixed, monkeypatch)
-    cuda_kernels.find.cache_clear()
-    for backend in ("onnxruntime", "auto"):
-        with pytest.raises(BackendError, match=reason):
-            load(fixed, backend, device="cuda")
-    gc.collect()
-    assert gpu.cuda.allocated == 0
-    assert load(fixed).device == "cpu"
-
-
-def test_what_runs_where(gpu: FakeOnnxRuntime, own_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    add_cuda_form(own_bundle, None)
-    with pytest.raises(BackendError, match=r"has no graph for onnxruntime on CUDA: it was made before .*int8 cache"):
-        load(own_bundle, device="cuda")
-    add_cuda_form(own_bundle)
-    add_engine(own_bundle, few_tokens=None)
-    for backend, device, expected in (
-        ("auto", None, ("tensorrt", "cuda")),
-        ("auto", "cuda", ("tensorrt", "cuda")),
-        ("tensorrt", "cuda", ("tensorrt", "cuda")),
-        ("onnxruntime", "cuda", ("onnxruntime", "cuda")),
-        ("onnxruntime", None, ("onnxruntime", "cpu")),
-        ("auto", "cpu", ("onnxruntime", "cpu")),
-    ):
-        with load(own_bundle, backend, device=device) as runner:
-            assert (runner.backend, runner.device) == expected
-    assert not caplog.records
-    shutil.rmtree(own_bundle / "engines")
-    assert load(own_bundle, device="cuda").backend == "onnxruntime"
-    for options, reason in (
-        ({"device": "gpu"}, 'device is "gpu"; expected one of cpu, cuda'),
-        ({"backend": "tensorrt", "device": "cpu"}, "backend tensorrt runs on a GPU, device is cpu"),
-        ({"device": "cpu", "engine": "x"}, "engine x is TensorRT's, device cpu uses none"),
-        ({"device": "cuda", "native": False}, "on CUDA there are no portable bodies"),
-    ):
-        with pytest.raises((BackendError, InputError), match=reason):
-            load(own_bundle, **options)
-
-
-@pytest.mark.parametrize("graphs", [True, False])
-def test_attention_alone(
-    gpu: FakeOnnxRuntime, fixed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], graphs: bool
-) -> None:
-    """Over caches in turn; all memory is given back."""
-    monkeypatch.setattr("mythos_export.bandwidth._BYTES", 2**20)
-    monkeypatch.setattr("mythos_export.bench_attention._OnDevice._BYTES", 100_000)
-    gpu.fails = set() if graphs else {"graph"}
-    command = ("bench", fixed, "--attention", "8,300", "-b", 2, "-r", 1, "--device", "cuda")
-    code, out, err = call(monkeypatch, capsys, *command, "--json")
-    assert code == 0, err
-    report = json.loads(out)
-    assert [row["bytes"] for row in report["rows"]] == [2 * 8 * 4 * 48, 2 * 300 * 4 * 48]
-    assert (report["environment"]["device"], report["environment"]["batch"]) == ("Fake GPU", 2)
-    assert bool(gpu.cuda.calls["cudaGraphLaunch"]) is graphs
-    gc.collect()
-    assert (gpu.cuda.allocated, gpu.cuda.graphs) == (0, {})
-    assert "share of copy bandwidth" in call(monkeypatch, capsys, *command)[1]
-    for option, value, reason in (
-        ("--cache-dtype", "int8", "has no kernel on CUDA"),
-        ("-b", 0, "-b is 0; expected at"),
-    ):
-        code, _, err = call(monkeypatch, capsys, *command, option, value)
-        assert code == 2
-        assert reason in err
-
-
-def test_the_command_line(
-    gpu: FakeOnnxRuntime, fixed: Path, shakespeare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr("mythos_export.bandwidth._BYTES", 2**20)
-    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 4)
-    commands = {
-        "generate": ("-p", "To be", "-n", 8),
-        "eval": ("--text", tmp_path / "text.txt"),
-        "verify": (shakespeare, "--tokens", 20),
-        "bench": ("-p", 8, "-n", 4, "-r", 1),
-    }
-    results = {}
-    for device in ("cpu", "cuda"):
-        for name, options in commands.items():
-            gpu.shapes_run.clear()
-            code, out, err = call(monkeypatch, capsys, name, fixed, *options, "--device", device, "--json")
-            assert code == 0, err
-            assert bool(gpu.shapes_run) == (device == "cuda")
-            results[name, device] = json.loads(out)
-    assert results["generate", "cuda"]["ids"] == results["generate", "cpu"]["ids"]
-    assert [results["bench", device]["environment"]["device"] for device in ("cpu", "cuda")] == [None, "Fake GPU"]
-    assert json.loads((fixed / "manifest.json").read_text())["parity"] == {
-        name: results["verify", "cpu"][name] for name in ("oracle", "tokens", "checks")
-    }
-    health = doctor()
-    assert health["can"]["run on an NVIDIA GPU with onnxruntime"]
-    gpu.providers = ["CPUExecutionProvider"]
-    assert "onnxruntime-gpu" in doctor()["missing"]["run on an NVIDIA GPU with onnxruntime"]
