@@ -9,7 +9,6 @@ namespace mythos::cuda {
 namespace {
 
 constexpr int kLeastPart = 128;    // rows that are worth a block
-constexpr int kWantedBlocks = 132; // one for each of a large GPU's multiprocessors
 constexpr int kManyQueries = 64;   // of a sequence and group
 constexpr int kManyTokens = 16;
 
@@ -29,7 +28,7 @@ Shape shape_of(const mythos_cuda_attention& a) {
   const bool many = n.queries() >= kManyQueries;
   const int64_t blocks = int64_t(a.batch) * n.groups * ceil_div(n.queries(), many ? 128 : 16);
   const int64_t rows = int64_t(a.capacity) + a.seq, seen = a.window > 0 ? std::min<int64_t>(rows, int64_t(a.window) + a.seq) : rows;
-  n.parts = int(std::max<int64_t>(1, std::min<int64_t>((seen + kLeastPart - 1) / kLeastPart, kWantedBlocks / std::max<int64_t>(1, blocks))));
+  n.parts = int(std::max<int64_t>(1, std::min<int64_t>((seen + kLeastPart - 1) / kLeastPart, kMostParts / std::max<int64_t>(1, blocks))));
   return n;
 }
 

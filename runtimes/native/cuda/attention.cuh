@@ -35,10 +35,10 @@ struct Rows {
 
   __device__ __forceinline__ Rows(const Shape& n, const C* all_past, const C* all_fresh)
       : past(all_past), fresh(all_fresh), width(n.width), cached(0), first(0), capacity(n.capacity) {}
-  __device__ __forceinline__ Rows(const Shape& n, const C* all_past, const C* all_fresh, const int64_t* past_len, int sequence)
+  __device__ __forceinline__ Rows(const Shape& n, const C* all_past, const C* all_fresh, int64_t past_len, int sequence)
       : past(all_past + int64_t(sequence) * n.capacity * n.width), fresh(all_fresh + int64_t(sequence) * n.seq * n.width), width(n.width),
         capacity(n.capacity) {
-    const int64_t length = max(past_len[sequence], int64_t(0));
+    const int64_t length = max(past_len, int64_t(0));
     cached = int(min(length, int64_t(n.capacity)));
     first = length <= n.capacity ? 0 : int(uint32_t(length) % uint32_t(n.capacity));
   }
@@ -71,6 +71,7 @@ struct Partial {
   float *sums, *states;
 };
 
+constexpr int kMostParts = 132;  // a block for each of a large GPU's multiprocessors
 constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float power_of_two(float x) {

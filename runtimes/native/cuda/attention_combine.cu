@@ -6,29 +6,28 @@
 namespace mythos::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kChannels = 8;  // of a lane at a time
 constexpr int kRows = 8;      // of w_uv that a warp computes at the same time
+static_assert(kThreads >= kMostParts, "a thread a part");
 
-// values [Y] of a token and head, in shared memory; partial: [kWarps, Y]. Warps share the parts out among themselves.
+// values [Y] of a token and head, in shared memory; partial: [kWarps, Y]. Warps share the parts out among themselves, and read several
+// at the same time.
 __device__ __forceinline__ void combine_parts(const Shape& n, const Partial& parts, int token, int head, float* partial, float* values) {
+  __shared__ float factors[kMostParts], scratch[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t at = n.query_of(token, head) * n.parts;
-  const float* states = parts.states + 2 * at;
-  float most = -FLT_MAX, total = 0.0f;
-#pragma unroll 1
-  for (int part = lane; part < n.parts; part += 32) most = fmaxf(most, states[2 * part]);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
-#pragma unroll 1
-  for (int part = lane; part < n.parts; part += 32) total += states[2 * part + 1] * power_of_two(states[2 * part] - most);
-  total = sum_of_warp(total);
+  const bool mine = threadIdx.x < n.parts;
+  const float2 state = mine ? reinterpret_cast<const float2*>(parts.states)[at + threadIdx.x] : float2{-FLT_MAX, 0.0f};
+  const float most = most_of_block<kWarps>(state.x, scratch), factor_of_part = power_of_two(state.x - most);
+  if (mine) factors[threadIdx.x] = factor_of_part;
+  const float total = sum_of_block<kWarps>(state.y * factor_of_part, scratch);
 #pragma unroll 1
   for (int channel = lane; channel < n.value_dim; channel += 32 * kChannels) {
     float sum[kChannels] = {};
-#pragma unroll 2
+#pragma unroll 4
     for (int part = warp; part < n.parts; part += kWarps) {
-      const float factor = power_of_two(states[2 * part] - most);
+      const float factor = factors[part];
       const float* row = parts.sums + (at + part) * n.value_dim + channel;
 #pragma unroll
       for (int i = 0; i < kChannels; ++i)
@@ -81,19 +80,27 @@ __global__ void __launch_bounds__(kThreads) combine_latent(Shape n, Partial part
   const int token = blockIdx.y, head = blockIdx.x, lane = threadIdx.x % 32;
   const W* matrix = w_uv + int64_t(head) * v_head_dim * n.value_dim;
   prefetch(matrix, int64_t(v_head_dim) * n.value_dim * sizeof(W));
+  // What a warp reads first is there before the wait.
+  Piece<W, kPiece> pieces[kRows];
+  const auto load = [&](int v0, int i) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) pieces[row].load_kept(matrix + min(v0 + row, v_head_dim - 1) * n.value_dim + i);
+  };
+  const int first_v = threadIdx.x / 32 * kRows;
+  bool held = first_v < v_head_dim && lane * kPiece < n.value_dim;
+  if (held) load(first_v, lane * kPiece);
   wait_for_previous();
   float* values = memory + kWarps * n.value_dim;
   combine_parts(n, parts, token, head, memory, values);
   // Neighbours of a warp's rows belong to it too.
 #pragma unroll 1
-  for (int v0 = threadIdx.x / 32 * kRows; v0 < v_head_dim; v0 += kWarps * kRows) {
+  for (int v0 = first_v; v0 < v_head_dim; v0 += kWarps * kRows) {
     float sum[kRows] = {};
 #pragma unroll 1
     for (int i = lane * kPiece; i < n.value_dim; i += 32 * kPiece) {
-      Piece<W, kPiece> pieces[kRows];
       float x[kPiece], w[kPiece];
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) pieces[row].load_kept(matrix + min(v0 + row, v_head_dim - 1) * n.value_dim + i);
+      if (!held) load(v0, i);
+      held = false;
 #pragma unroll
       for (int j = 0; j < kPiece; ++j) x[j] = values[i + j];
 #pragma unroll

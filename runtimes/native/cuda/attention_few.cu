@@ -26,6 +26,16 @@ struct Block {
   }
 };
 
+// Asks for the first kCount rows of a part, shared out among the blocks that read them. The length may not be this call's yet: then
+// rows are asked for that are not read.
+template <int kCount, typename C>
+__device__ __forceinline__ void prefetch_rows(const Shape& n, const Rows<C>& rows, int first_token, int last_token, int part) {
+  const Range range(n, rows, first_token, last_token, part, 16);
+  const int first = rows.first + range.from, at = first < n.capacity ? first : first - n.capacity;
+  const int count = min(min(range.to, rows.cached) - range.from, min(kCount, n.capacity - at));
+  if (count > 0) prefetch_share(rows.past + at * rows.width, count * rows.width * sizeof(C), blockIdx.y, gridDim.y);
+}
+
 // Blocks: (P, sixteens of a group's queries times G, B). kPairs: pairs of eight channels that a warp sums. Code is kept short: each
 // launch reads it from memory, and runs most of it once.
 template <typename C, int kWarps, int kPairs>
@@ -61,13 +71,14 @@ __global__ void __launch_bounds__(kWarps * 32)
     for (int i = 0; i < kPairs * 8; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.0f;
   };
   let_next_start();
+  prefetch_rows<kStages * kRows>(n, Rows<C>(n, all_past, all_fresh, __ldcg(past_len + sequence), sequence), first_token, last_token, part);
   // Step -2 computes with what is in memory by chance, and only brings the code near while other kernels run; step -1 loads.
 #pragma unroll 1
   for (int step = -2;; ++step) {
     if (step == -2 || step == -1) begin();
     if (step == -1) {
       wait_for_previous();
-      rows = Rows<C>(n, all_past, all_fresh, past_len, sequence);
+      rows = Rows<C>(n, all_past, all_fresh, past_len[sequence], sequence);
       const Range range(n, rows, first_token, last_token, part, 16);
       copy_queries(n, queries + all_queries * n.key_dim, first_query, kQueries, pitch.key, at.query, kWarps * 32);
       first_row = range.from, end_row = range.to;

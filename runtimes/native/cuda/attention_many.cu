@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   C* query = reinterpret_cast<C*>(memory);                           // [kBlockQueries, X]
   const Stages<C, kRows, kKeys, kWarps, kStages> stages(query + kBlockQueries * pitch.key, pitch, barriers);
   wait_for_previous();
-  const Rows<C> rows(n, all_past, all_fresh, past_len, sequence);
+  const Rows<C> rows(n, all_past, all_fresh, past_len[sequence], sequence);
   const Range range(n, rows, block_query / n.heads, last_query / n.heads, part, kRows);
   copy_queries(n, queries + all_queries * n.key_dim, block_query, kBlockQueries, pitch.key, query, kThreads);
   int first[2], end[2];

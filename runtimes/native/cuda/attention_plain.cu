@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous();
   const int head = blockIdx.z, group = head / n.heads, token = blockIdx.y, part = blockIdx.x, s = token % n.seq;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Rows<C> rows(n, all_past, all_fresh, past_len, token / n.seq);
+  const Rows<C> rows(n, all_past, all_fresh, past_len[token / n.seq], token / n.seq);
   const Range range(n, rows, s, s, part, 1);
   for (int i = threadIdx.x; i < n.key_dim; i += kThreads)
     query[i] = queries[n.query_of(token, head) * n.key_dim + i] * n.scale * kLog2E;

@@ -61,7 +61,18 @@ __global__ void __launch_bounds__(kThreads) latent_few(mythos_cuda_attention a, 
   const int64_t at = int64_t(token) * a.n_heads + head;
   const W* w_uk = static_cast<const W*>(a.w_uk) + (int64_t(head) * a.rank + first) * a.nope;
   const int count = min(kBlockRows, a.rank - first);
-  if (head < a.n_heads) prefetch(w_uk, int64_t(count) * a.nope * sizeof(W));
+  constexpr int kRows = kBlockRows / (kThreads / kLanes);  // of a thread
+  const int lane = threadIdx.x % kLanes, first_row = threadIdx.x / kLanes * kRows;
+  // What a thread reads first is there before the wait.
+  Piece<W, kPiece> pieces[kRows];
+  const auto load = [&](int i) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) pieces[row].load_kept(w_uk + min(first_row + row, count - 1) * a.nope + i);
+  };
+  if (head < a.n_heads) {
+    prefetch(w_uk, int64_t(count) * a.nope * sizeof(W));
+    if (lane * kPiece < a.nope) load(lane * kPiece);
+  }
   wait_for_previous();
   if (head == a.n_heads) {
     if (blockIdx.x == 0) make_row<C>(a, token, scratch);
@@ -71,15 +82,11 @@ __global__ void __launch_bounds__(kThreads) latent_few(mythos_cuda_attention a, 
 #pragma unroll 1
   for (int i = threadIdx.x; i < a.nope; i += kThreads) q[i] = a.q[at * (a.nope + a.rope) + i];
   __syncthreads();
-  constexpr int kRows = kBlockRows / (kThreads / kLanes);  // of a thread
-  const int lane = threadIdx.x % kLanes, first_row = threadIdx.x / kLanes * kRows;
   float sum[kRows] = {};
 #pragma unroll 1
   for (int i = lane * kPiece; i < a.nope; i += kLanes * kPiece) {
-    Piece<W, kPiece> pieces[kRows];
     float x[kPiece], w[kPiece];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) pieces[row].load_kept(w_uk + min(first_row + row, count - 1) * a.nope + i);
+    if (i != lane * kPiece) load(i);
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) x[j] = q[i + j];
 #pragma unroll

@@ -28,9 +28,26 @@ __device__ __forceinline__ void wait_for_previous() {
 
 // Asks for a block's share of what lies in [from, from + bytes) to be in the second-level cache: of what never changes, before the wait.
 __device__ __forceinline__ void prefetch(const void* from, int64_t bytes) {
-  constexpr int kLine = 128;
-  for (int64_t at = int64_t(threadIdx.x) * kLine; at < bytes; at += int64_t(blockDim.x) * kLine)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr int64_t kChunk = 4096, kUnit = 16;
+  const char* const first = static_cast<const char*>(from) - reinterpret_cast<uintptr_t>(from) % kUnit;
+  bytes -= bytes % kUnit;
+#pragma unroll 1
+  for (int64_t at = threadIdx.x * kChunk; at < bytes; at += blockDim.x * kChunk)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first + at), "r"(uint32_t(min(kChunk, bytes - at))));
+#else
+  constexpr int64_t kLine = 128;
+#pragma unroll 1
+  for (int64_t at = threadIdx.x * kLine; at < bytes; at += blockDim.x * kLine)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+#endif
+}
+
+// Asks for this block's share of what lies in [from, from + bytes), of `blocks` shares.
+__device__ __forceinline__ void prefetch_share(const void* from, int64_t bytes, int block, int blocks) {
+  constexpr int64_t kLine = 128;
+  const int64_t share = (bytes / blocks + kLine - 1) / kLine * kLine, first = share * block;
+  if (first < bytes) prefetch(static_cast<const char*>(from) + first, min(share, bytes - first));
 }
 
 // Whether the current device overlaps launches; asked once a device.

@@ -135,6 +135,19 @@ __device__ __forceinline__ float sum_of_block(float value, float* scratch) {
   return total;
 }
 
+// The largest of a block's values likewise.
+template <int kWarps>
+__device__ __forceinline__ float most_of_block(float value, float* scratch) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  __syncthreads();  // scratch may still be read
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) value = fmaxf(value, scratch[warp]);
+  return value;
+}
+
 // __fdividef: a few instructions where a division takes a hundred, and each launch reads its code anew.
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
