@@ -99,24 +99,28 @@ __global__ void __launch_bounds__(kWarps * 32)
     __syncthreads();
     const int own = from + warp * 16;
     const C *keys = stages.at(max(step, 0)), *values = pitch.inside ? keys : keys + kRows * pitch.key;
-    float score[2][4] = {};
+    float score[2][4] = {}, other[2][4] = {};  // of every second sixteen channels each: sums do not wait for one another
     if (own < end_row) {
       const C* a_row = at.query + lane % 16 * pitch.key + lane / 16 * 8;
       const C* b_row = keys + (warp * 16 + lane % 8 + lane / 16 * 8) * pitch.key + lane / 8 % 2 * 8;
-#pragma unroll 2
-      for (int k = 0; k < n.key_dim; k += 16) {
+      const auto add = [&](float (&to)[2][4], int k) {
         uint32_t a[4], b[4];
         load_matrices(a, shared_address(a_row + k));
         load_matrices(b, shared_address(b_row + k));
-        multiply(score[0], a, b[0], b[1], kType);
-        multiply(score[1], a, b[2], b[3], kType);
-      }
+        multiply(to[0], a, b[0], b[1], kType);
+        multiply(to[1], a, b[2], b[3], kType);
+      };
+      int k = 0;
+#pragma unroll 1
+      for (; k + 16 < n.key_dim; k += 32) add(score, k), add(other, k + 16);
+      if (k < n.key_dim) add(score, k);
     }
     float most[2] = {-FLT_MAX, -FLT_MAX};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int row = own + i / 4 * 8 + lane % 4 * 2 + i % 2, half = i % 4 / 2;
       float& value = score[i / 4][i % 4];
+      value += other[i / 4][i % 4];
       value = row >= first[half] && row < end[half] ? value * scale : -FLT_MAX;
       most[half] = fmaxf(most[half], value);
     }

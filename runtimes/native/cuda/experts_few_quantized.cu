@@ -35,20 +35,21 @@ __device__ __forceinline__ void inner_tiles(const Sizes& n, const Inputs& in, co
   auto* planes = reinterpret_cast<__nv_bfloat16*>(memory);
   uint4* zeros = memory + sizes.planes_bytes(kTokens) / 16;
   float* partial = reinterpret_cast<float*>(zeros + 4);
+  __shared__ float squares[kTokens * kInnerWarps];
+  clear<kInnerThreads>(zeros, partial, sizes.partial);
   // Which experts are chosen is known when the kernel before this one is complete, the shared ones' weights are there before.
   if (kRouted) wait_for_previous();
   RowTiles<Q, S, kAligned, 2, kInnerWarps> rows(gate_up, int64_t(expert()) * 2 * n.expert_dim + f0, n.expert_dim - f0, n.expert_dim, tiles);
   rows.begin();
   if (!kRouted) wait_for_previous();
-  clear<kInnerThreads>(zeros, partial, sizes.partial);
-  fill_planes<kInnerThreads>(planes, in.values + int64_t(first_token) * n.dim, count, n.dim, in.norm, in.epsilon);
+  fill_planes<kInnerThreads>(planes, in.values + int64_t(first_token) * n.dim, count, n.dim, in.norm, squares);
   __syncthreads();
   rows.template run<kTokens>(SharedPlanes<Q>(planes, zeros, sizes.plane), partial);
   __syncthreads();
   const int end = tile0 + tiles == all ? inner_plane : f0 + tiles * kTileRows;  // the last tile writes the zeros behind it, too
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * (end - f0); i += kInnerThreads) {
-    const int token = i / (end - f0), f = f0 + i % (end - f0);
+  for (Turn at(threadIdx.x, end - f0); at.token < count; at.move(kInnerThreads)) {
+    const int token = at.token, f = f0 + at.row;
     float gate = 0.0f, up = 0.0f;
     if (f < n.expert_dim) {
       const int tile = (f - f0) / kTileRows;
@@ -58,7 +59,8 @@ __device__ __forceinline__ void inner_tiles(const Sizes& n, const Inputs& in, co
         gate += sums[0], up += sums[kTileRows];
       }
     }
-    put_in_planes(in.inner + (inner_row + token) * 2 * inner_plane, inner_plane, f, silu(gate) * up);
+    const float factor = factor_of<kInnerWarps>(squares, token, n.dim, in.norm, in.epsilon);
+    put_in_planes(in.inner + (inner_row + token) * 2 * inner_plane, inner_plane, f, silu(gate * factor) * (up * factor));
   }
 }
 
@@ -127,23 +129,29 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
     ahead.advance(kOuterWarps, steps);
   }
   const bool mine = lane / 4 % 4 == lane % 4;
+  uint4 x[2][kUnits];  // of this step and of the next
+  const auto read = [&](uint4 (&to)[kUnits], const Cursor& cursor) {
+    if (cursor.tile >= experts) return;
+    const auto* from = reinterpret_cast<const uint4*>(slots[cursor.tile].inner + lane / 16 * plane + (cursor.step * 4 + lane % 4) * kInSixteen<Q>);
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) to[unit] = mine ? __ldcg(from + unit) : uint4{0, 0, 0, 0};
+  };
+  read(x[0], at);
   float total[2] = {};
 #pragma unroll 1
   while (at.tile < experts) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (at.tile >= experts) break;
+      const float scale = slots[at.tile].weight;
+      at.advance(kOuterWarps, steps);
+      read(x[(i + 1) % 2], at);
       __syncwarp();  // a product is of all lanes
-      const Slot& slot = slots[at.tile];
-      const auto* from = reinterpret_cast<const uint4*>(slot.inner + lane / 16 * plane + (at.step * 4 + lane % 4) * kInSixteen<Q>);
-      uint4 x[kUnits];
-#pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) x[unit] = mine ? __ldcg(from + unit) : uint4{0, 0, 0, 0};
       float sum[1][1][2] = {};
-      add_step<Q, 1>(loaded[i], [&](int, int unit) { return x[unit]; }, sum);
-      total[0] = fmaf(slot.weight, sum[0][0][0], total[0]), total[1] = fmaf(slot.weight, sum[0][0][1], total[1]);
+      add_step<Q, 1>(loaded[i], [&](int, int unit) { return x[i % 2][unit]; }, sum);
+      total[0] = fmaf(scale, sum[0][0][0], total[0]), total[1] = fmaf(scale, sum[0][0][1], total[1]);
       load(i, ahead);
-      ahead.advance(kOuterWarps, steps), at.advance(kOuterWarps, steps);
+      ahead.advance(kOuterWarps, steps);
     }
   }
 #pragma unroll

@@ -18,6 +18,7 @@ constexpr int kSharedBytes = 96 * 1024;
 template <typename Q, typename S, bool kAligned, int kTokens>
 __global__ void __launch_bounds__(kThreads, 2) linear_quantized(Linear a, QuantizedStack weight, int most_tiles) {
   extern __shared__ uint4 memory[];
+  __shared__ float squares[kTokens * kWarps];
   const int first = blockIdx.x * kTokens, count = min(kTokens, a.tokens - first);
   const int o0 = blockIdx.y * most_tiles * kTileRows, rows = a.outputs - o0, tiles = min(most_tiles, (rows + kTileRows - 1) / kTileRows);
   const RowTilesMemory sizes(a.inputs, most_tiles, kWarps, kTokens, 1);
@@ -28,19 +29,19 @@ __global__ void __launch_bounds__(kThreads, 2) linear_quantized(Linear a, Quanti
   product.begin();
   clear<kThreads>(zeros, partial, sizes.partial);
   wait_for_previous();
-  fill_planes<kThreads>(planes, a.x + int64_t(first) * a.inputs, count, a.inputs, a.norm, a.epsilon);
+  fill_planes<kThreads>(planes, a.x + int64_t(first) * a.inputs, count, a.inputs, a.norm, squares);
   __syncthreads();
   product.template run<kTokens>(SharedPlanes<Q>(planes, zeros, sizes.plane), partial);
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * tiles * kTileRows; i += kThreads) {
-    const int token = i / (tiles * kTileRows), row = i % (tiles * kTileRows);
+  for (Turn at(threadIdx.x, tiles * kTileRows); at.token < count; at.move(kThreads)) {
+    const int token = at.token, row = at.row;
     if (row >= rows) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp)
       sum += partial[((row / kTileRows * kWarps + warp) * kTokens + token) * kTileRows + row % kTileRows];
-    a.store(first + token, o0 + row, sum);
+    a.store(first + token, o0 + row, sum * factor_of<kWarps>(squares, token, a.inputs, a.norm, a.epsilon));
   }
 }
 

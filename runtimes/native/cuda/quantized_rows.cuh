@@ -33,26 +33,60 @@ __device__ __forceinline__ void put_in_planes(__nv_bfloat16* planes, int plane, 
   planes[plane + place_in_plane(k)] = __float2bfloat16_rn(value - __bfloat162float(rounded));
 }
 
-// Planes [count, 2, plane] of tokens [count, width] by a block of kThreads; where there is a norm, of rms_norm(x) (arXiv 1910.07467).
+// Eight neighbours of a row, zeros behind its end.
+__device__ __forceinline__ void load_eight(const float* row, int k, int width, float (&to)[8]) {
+  if (width % 8 == 0 && k < width) {
+    const float4 low = reinterpret_cast<const float4*>(row + k)[0], high = reinterpret_cast<const float4*>(row + k)[1];
+    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w, to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = k + i < width ? row[k + i] : 0.0f;
+}
+
+// Planes [count, 2, plane] of tokens [count, width] by a block of kThreads, times the norm's weight where there is one; squares
+// [count, kThreads / 32] then gets what sums of products are to be multiplied with, as factor_of() reads it.
 template <int kThreads>
-__device__ __forceinline__ void fill_planes(__nv_bfloat16* planes, const float* from, int count, int width, const float* norm, float epsilon) {
-  __shared__ float scratch[kThreads / 32];
-  const int plane = plane_of(width);
+__device__ __forceinline__ void fill_planes(__nv_bfloat16* planes, const float* from, int count, int width, const float* norm, float* squares) {
+  const int eights = plane_of(width) / 8;
+#pragma unroll 1
   for (int token = 0; token < count; ++token) {
     const float* row = from + int64_t(token) * width;
-    float factor = 1.0f;
-    if (norm != nullptr) {
-      float squares = 0.0f;
-#pragma unroll 4
-      for (int k = threadIdx.x; k < width; k += kThreads) squares = fmaf(row[k], row[k], squares);
-      factor = inverse_rms(sum_of_block<kThreads / 32>(squares, scratch), width, epsilon);
+    auto* plane = reinterpret_cast<uint4*>(planes) + 2 * token * eights;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int at = threadIdx.x; at < eights; at += kThreads) {
+      float x[8], scale[8];
+      uint32_t rounded[4], rest[4];
+      load_eight(row, at * 8, width, x);
+      if (norm != nullptr) {
+        load_eight(norm, at * 8, width, scale);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum = fmaf(x[i], x[i], sum), x[i] *= scale[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // in the order of place_in_plane()
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[i], x[i + 4]);
+        rounded[i] = bits_of(pair);
+        rest[i] = bits_of(__floats2bfloat162_rn(x[i] - __low2float(pair), x[i + 4] - __high2float(pair)));
+      }
+      plane[at] = {rounded[0], rounded[1], rounded[2], rounded[3]};
+      plane[eights + at] = {rest[0], rest[1], rest[2], rest[3]};
     }
-#pragma unroll 2
-    for (int k = threadIdx.x; k < plane; k += kThreads) {
-      const float scale = norm != nullptr && k < width ? factor * norm[k] : 1.0f;
-      put_in_planes(planes + 2 * token * plane, plane, k, k < width ? row[k] * scale : 0.0f);
-    }
+    if (norm == nullptr) continue;
+    sum = sum_of_warp(sum);
+    if (threadIdx.x % 32 == 0) squares[token * (kThreads / 32) + threadIdx.x / 32] = sum;
   }
+}
+
+// 1 / rms of a token in planes where there is a norm (arXiv 1910.07467).
+template <int kWarps>
+__device__ __forceinline__ float factor_of(const float* squares, int token, int width, const float* norm, float epsilon) {
+  if (norm == nullptr) return 1.0f;
+  float sum = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += squares[token * kWarps + warp];
+  return inverse_rms(sum, width, epsilon);
 }
 
 // 16 bytes, zeros from `end` on (up to three bytes later where they are not aligned).
@@ -244,6 +278,17 @@ struct RowTilesMemory {
       : plane(plane_of(width)), partial(tiles * warps * tokens * matrices * kTileRows) {}
   __host__ __device__ __forceinline__ int bytes(int tokens) const { return planes_bytes(tokens) + 64 + partial * int(sizeof(float)); }
   __host__ __device__ __forceinline__ int planes_bytes(int tokens) const { return tokens * 2 * plane * int(sizeof(__nv_bfloat16)); }
+};
+
+// A thread's turn among the rows of tokens, `rows` of each; it moves without dividing.
+struct Turn {
+  int token, row, rows;
+
+  __device__ __forceinline__ Turn(int thread, int rows_of_token) : token(0), row(thread), rows(rows_of_token) { wrap(); }
+  __device__ __forceinline__ void move(int by) { row += by, wrap(); }
+  __device__ __forceinline__ void wrap() {
+    while (row >= rows) row -= rows, ++token;
+  }
 };
 
 // The zeros that a block's sums begin with. The caller synchronizes.
