@@ -25,9 +25,9 @@ struct Inputs {
 };
 
 // silu(gate . x) * (up . x) of kTokens tokens, for some rows of F of one expert, whose number `expert()` reads.
-template <typename Q, typename S, bool kAligned, int kTokens, bool kRouted, typename Expert>
+template <typename Q, typename S, bool kAligned, int kTokens, typename Expert>
 __device__ __forceinline__ void inner_tiles(const Sizes& n, const Inputs& in, const QuantizedStack& gate_up, int most_tiles, int first_token,
-                                            int count, int64_t inner_row, const Expert& expert) {
+                                            int count, int64_t inner_row, bool routed, const Expert& expert) {
   extern __shared__ uint4 memory[];
   const int all = (n.expert_dim + kTileRows - 1) / kTileRows, tile0 = blockIdx.y * most_tiles, tiles = min(most_tiles, all - tile0);
   const int f0 = tile0 * kTileRows, inner_plane = plane_of(n.expert_dim);
@@ -38,10 +38,10 @@ __device__ __forceinline__ void inner_tiles(const Sizes& n, const Inputs& in, co
   __shared__ float squares[kTokens * kInnerWarps];
   clear<kInnerThreads>(zeros, partial, sizes.partial);
   // Which experts are chosen is known when the kernel before this one is complete, the shared ones' weights are there before.
-  if (kRouted) wait_for_previous();
+  if (routed) wait_for_previous();
   RowTiles<Q, S, kAligned, 2, kInnerWarps> rows(gate_up, int64_t(expert()) * 2 * n.expert_dim + f0, n.expert_dim - f0, n.expert_dim, tiles);
   rows.begin();
-  if (!kRouted) wait_for_previous();
+  wait_for_previous();
   fill_planes<kInnerThreads>(planes, in.values + int64_t(first_token) * n.dim, count, n.dim, in.norm, squares);
   __syncthreads();
   rows.template run<kTokens>(SharedPlanes<Q>(planes, zeros, sizes.plane), partial);
@@ -69,19 +69,25 @@ template <typename Q, typename S, bool kAligned, int kTokens>
 __global__ void __launch_bounds__(kInnerThreads, 2)
     inner_quantized(Sizes n, Inputs in, QuantizedStack routed, QuantizedStack shared, int most_tiles) {
   const int pairs = n.tokens * n.top_k, pair = blockIdx.x;
-  if (pair < pairs) {
-    inner_tiles<Q, S, kAligned, 1, true>(n, in, routed, most_tiles, pair / n.top_k, 1, pair, [&] { return clamp_expert(in.chosen[pair], n); });
+  const bool is_routed = pair < pairs;
+  const auto chosen = [&] { return clamp_expert(in.chosen[pair], n); };
+  if (kTokens > 1 && is_routed) {
+    inner_tiles<Q, S, kAligned, 1>(n, in, routed, most_tiles, pair / n.top_k, 1, pair, true, chosen);
     return;
   }
+  // One token at a time: both kinds of experts run the same code, which each launch reads anew.
   const int passes = (n.tokens + kTokens - 1) / kTokens;
-  const int expert = (pair - pairs) / passes, first = (pair - pairs) % passes * kTokens;
-  inner_tiles<Q, S, kAligned, kTokens, false>(n, in, shared, most_tiles, first, min(kTokens, n.tokens - first),
-                                              pairs + int64_t(expert) * n.tokens + first, [&] { return expert; });
+  const int expert = (pair - pairs) / passes, first = is_routed ? pair / n.top_k : (pair - pairs) % passes * kTokens;
+  QuantizedStack stack = shared;
+  if (is_routed) stack.values = routed.values, stack.scales = routed.scales;
+  inner_tiles<Q, S, kAligned, kTokens>(n, in, stack, most_tiles, first, min(kTokens, n.tokens - first),
+                                       is_routed ? pair : pairs + int64_t(expert) * n.tokens + first, is_routed,
+                                       [&] { return is_routed ? chosen() : expert; });
 }
 
 // One expert of a token, as the second product reads it.
 struct Slot {
-  int64_t row;                  // of the stack, where the expert's matrix begins
+  RowsFrom rows;               // of the expert's matrix, from the block's first on
   const __nv_bfloat16* inner;  // its planes
   float weight;
 };
@@ -96,7 +102,7 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
   __shared__ float partial[kOuterWarps][kTileRows];
   constexpr int kAhead = 4, kUnits = kInSixteen<Q> / 8;
   const int token = blockIdx.x, d0 = blockIdx.y * kTileRows, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int experts = n.shared + n.top_k, steps = (shared.row_bytes + 63) / 64, plane = plane_of(n.expert_dim);
+  const int experts = n.shared + n.top_k, steps = (shared.row_bytes + 63) / 64, plane = plane_of(n.expert_dim), last = n.dim - d0 - 1;
   Cursor at{0, 0};
   at.advance(warp, steps);
   Cursor ahead = at;
@@ -104,7 +110,7 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
   // Weights of shared experts are read before the kernel before this one is complete.
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
-    if (ahead.tile < n.shared) loaded[i][0].load(shared, int64_t(ahead.tile) * n.dim + d0, n.dim - d0, ahead.step);
+    if (ahead.tile < n.shared) loaded[i][0].load(shared, RowsFrom(shared, int64_t(ahead.tile) * n.dim + d0), 0, last, ahead.step);
     ahead.advance(kOuterWarps, steps);
   }
   wait_for_previous();
@@ -113,14 +119,11 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
     const bool is_shared = i < n.shared;
     const int pair = token * n.top_k + i - n.shared, expert = is_shared ? i : clamp_expert(chosen[pair], n);
     const int64_t row = is_shared ? int64_t(n.tokens) * n.top_k + int64_t(i) * n.tokens + token : pair;
-    slots[i] = {int64_t(expert) * n.dim + d0, inner + row * 2 * plane, is_shared ? 1.0f : weight[pair]};
+    slots[i] = {RowsFrom(is_shared ? shared : routed, int64_t(expert) * n.dim + d0), inner + row * 2 * plane, is_shared ? 1.0f : weight[pair]};
   }
   __syncthreads();
   const auto load = [&](int i, const Cursor& from) {
-    if (from.tile >= experts) return;
-    QuantizedStack stack = routed;
-    if (from.tile < n.shared) stack.values = shared.values, stack.scales = shared.scales;
-    loaded[i][0].load(stack, slots[from.tile].row, n.dim - d0, from.step);
+    if (from.tile < experts) loaded[i][0].load(shared, slots[from.tile].rows, 0, last, from.step);
   };
   ahead = at;
 #pragma unroll

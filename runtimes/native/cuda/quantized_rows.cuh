@@ -89,10 +89,10 @@ __device__ __forceinline__ float factor_of(const float* squares, int token, int 
   return inverse_rms(sum, width, epsilon);
 }
 
-// 16 bytes, zeros from `end` on (up to three bytes later where they are not aligned).
+// 16 bytes, zeros from `end` on (up to three bytes later where they are not aligned). inside: whether the first one lies before it.
 template <bool kAligned>
-__device__ __forceinline__ uint4 load_sixteen(const uint8_t* from, const uint8_t* end) {
-  if constexpr (kAligned) return from < end ? __ldcs(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
+__device__ __forceinline__ uint4 load_sixteen(const uint8_t* from, const uint8_t* end, bool inside) {
+  if constexpr (kAligned) return inside ? __ldcs(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
   const uint32_t past = reinterpret_cast<uintptr_t>(from) % 4;
   uint32_t words[5];
 #pragma unroll
@@ -104,27 +104,34 @@ __device__ __forceinline__ uint4 load_sixteen(const uint8_t* from, const uint8_t
           __funnelshift_r(words[2], words[3], 8 * past), __funnelshift_r(words[3], words[4], 8 * past)};
 }
 
+// Rows of a matrix from one on: what lanes' places are counted from, with 32 bits.
+struct RowsFrom {
+  const uint8_t* values;
+  const void* scales;
+
+  __device__ __forceinline__ RowsFrom() {}
+  __device__ __forceinline__ RowsFrom(const QuantizedStack& w, int64_t first)
+      : values(w.row(first)), scales(static_cast<const char*>(w.scales) + first * w.blocks * (w.half_scales ? 2 : 4)) {}
+};
+
 // What a lane reads of sixteen rows at a step: rows lane / 4 and lane / 4 + 8. Of its columns' pieces it has the scales.
 template <typename Q, typename S, bool kAligned>
 struct LoadedRows {
   uint32_t words[2][4];
   S scales[2][2];
 
-  // count: rows from the first on that exist, at least one; those behind them are read as the last one.
-  __device__ __forceinline__ void load(const QuantizedStack& w, int64_t first, int count, int step) {
-    const int lane = threadIdx.x % 32;
+  // first: of the rows; last: the last one that there is, which those behind it are read as. Both count from `from` on.
+  __device__ __forceinline__ void load(const QuantizedStack& w, const RowsFrom& from, int first, int last, int step) {
+    const int lane = threadIdx.x % 32, column = (step * 4 + lane % 4) * 16, k = (step * 4 + lane % 2 * 2) * kInSixteen<Q>;
+    const int blocks[2] = {min(k >> w.block_shift, w.blocks - 1), min((k + kInSixteen<Q>) >> w.block_shift, w.blocks - 1)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = first + min(lane / 4 + half * 8, count - 1);
-      const uint8_t* values = w.row(row);
-      const uint4 piece = load_sixteen<kAligned>(values + (step * 4 + lane % 4) * 16, values + w.row_bytes);
+      const int row = min(first + lane / 4 + half * 8, last);
+      const uint8_t* values = from.values + uint32_t(row * w.row_bytes);
+      const uint4 piece = load_sixteen<kAligned>(values + column, values + w.row_bytes, column < w.row_bytes);
       words[half][0] = piece.x, words[half][1] = piece.y, words[half][2] = piece.z, words[half][3] = piece.w;
-      const S* of_row = static_cast<const S*>(w.scales) + row * w.blocks;
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const int k = (step * 4 + lane % 2 * 2 + column) * kInSixteen<Q>;
-        scales[half][column] = __ldg(of_row + min(k >> w.block_shift, w.blocks - 1));
-      }
+      for (int i = 0; i < 2; ++i) scales[half][i] = __ldg(static_cast<const S*>(from.scales) + uint32_t(row * w.blocks + blocks[i]));
     }
   }
 };
@@ -204,7 +211,9 @@ class RowTiles {
  public:
   // first: row of the stack; rows: how many the matrix has from there on; second: from a row to that of the second matrix.
   __device__ __forceinline__ RowTiles(const QuantizedStack& w, int64_t first, int rows, int64_t second, int tiles)
-      : w_(w), first_(first), second_(second), rows_(rows), tiles_(tiles), steps_((w.row_bytes + 63) / 64), start_{0, 0}, ahead_{0, 0} {
+      : w_(w), last_(rows - 1), tiles_(tiles), steps_((w.row_bytes + 63) / 64), start_{0, 0}, ahead_{0, 0} {
+#pragma unroll
+    for (int m = 0; m < kMatrices; ++m) from_[m] = RowsFrom(w, first + m * second);
     start_.advance(threadIdx.x / 32, steps_);
     ahead_ = start_;
   }
@@ -241,9 +250,8 @@ class RowTiles {
 
   __device__ __forceinline__ void load(int slot) {
     if (ahead_.tile >= tiles_) return;
-    const int row = ahead_.tile * kTileRows;
 #pragma unroll
-    for (int m = 0; m < kMatrices; ++m) loaded_[slot][m].load(w_, first_ + row + m * second_, rows_ - row, ahead_.step);
+    for (int m = 0; m < kMatrices; ++m) loaded_[slot][m].load(w_, from_[m], ahead_.tile * kTileRows, last_, ahead_.step);
     ahead_.advance(kWarps, steps_);
   }
 
@@ -264,8 +272,8 @@ class RowTiles {
   }
 
   const QuantizedStack& w_;
-  int64_t first_, second_;
-  int rows_, tiles_, steps_;
+  RowsFrom from_[kMatrices];
+  int last_, tiles_, steps_;
   Cursor start_, ahead_;
   LoadedRows<Q, S, kAligned> loaded_[kAhead][kMatrices];
 };
