@@ -3,8 +3,8 @@
 The weights stay the same file. The operators read 16-bit matrices as they are stored, where the float32 graph casts them. What
 would cost kernels of its own, or what the provider cannot capture in a CUDA graph (it copies the parameters of a Split or Concat of
 parts of several sizes from memory that is gone at a replay), becomes an operator that stands in no other graph:
-NormalizedLinearSplit, Embedding and their quantized forms, PositionRows, StackRows. With all dimensions of the inputs fixed, no
-shape is left to be computed.
+NormalizedLinearSplit, Embedding and their quantized forms, PositionRows, StackRows; RecurrentUpdateInput, where loops are unrolled.
+With all dimensions of the inputs fixed, no shape is left to be computed.
 
 Shape letters: B batch, S new tokens, D dim, N slots, W width of the cache.
 """
@@ -74,6 +74,7 @@ class _Rewriter:
             self._dequantize(graph)
         for graph in (self._graph, *self._graph.subgraphs()):
             self._split(graph)
+        self._join_loops()
         self._stack()
         self._derive_shapes()
 
@@ -116,7 +117,7 @@ class _Rewriter:
 
     def _dequantize(self, graph: ir.Graph) -> None:
         """Attention multiplies with float16 matrices where they are quantized: small ones, dequantized as a session is made."""
-        for node in [node for node in graph if node.domain == DOMAIN and node.op_type == _DEQUANTIZED]:
+        for node in _nodes(graph, _DEQUANTIZED, DOMAIN):
             q, kv, norm, w_uk, uk_scale, w_uv, uv_scale, *rest, _ = node.inputs
             block = node.attributes["block_size"].as_int()
             matrices = [self._as_float16(*pair, block) for pair in ((w_uk, uk_scale), (w_uv, uv_scale))]
@@ -180,6 +181,22 @@ class _Rewriter:
             graph.insert_before(split, part)
             start += size
         graph.remove(split, safe=True)
+
+    def _join_loops(self) -> None:
+        """Where loops are unrolled, the end of one and what enters the next are one operator; other graphs stay as they are."""
+        for entry in _nodes(self._graph, "RecurrentInput", DOMAIN):
+            h, e, *of_loop = entry.inputs
+            update = _producer(h)
+            if update is None or update.op_type != "RecurrentUpdate" or h is not update.outputs[0]:
+                continue
+            # It comes to stand where the update does, before what the entry may read.
+            constant = all(value is not None and value.is_initializer() for value in of_loop)
+            if constant and e is update.inputs[2]:
+                attributes = {
+                    name: attribute.value for node in (update, entry) for name, attribute in node.attributes.items()
+                }
+                inputs, outputs = [*update.inputs, *of_loop], [*update.outputs, *entry.outputs]
+                _replace(self._graph, [entry, update], "RecurrentUpdateInput", inputs, attributes, outputs=outputs)
 
     def _stack(self) -> None:
         """The rows of a step's slots, where each is a tensor [B, S, W] of its own, are put together at once."""
@@ -273,13 +290,16 @@ def _replace(
     inputs: Sequence[ir.Value | None],
     attributes: Mapping[str, Any] | None = None,
     domain: str = DOMAIN,
+    outputs: Sequence[ir.Value] | None = None,
 ) -> None:
-    """Puts one node in the place of several, of which the last one's outputs are its own."""
+    """Puts one node in the place of several, where the last one stands. outputs: of theirs, those that are its own; None for all of
+    the last one's."""
     last = old[-1]
-    new = ir.node(op_type, inputs, attributes or {}, domain=domain, num_outputs=len(last.outputs), name=last.name)
-    for before, after in zip(last.outputs, new.outputs, strict=True):
+    outputs = last.outputs if outputs is None else outputs
+    new = ir.node(op_type, inputs, attributes or {}, domain=domain, num_outputs=len(outputs), name=last.name)
+    for before, after in zip(outputs, new.outputs, strict=True):
         after.name, after.shape, after.type = before.name, before.shape, before.type
-    ir.convenience.replace_nodes_and_values(graph, last, old[::-1], [new], last.outputs, new.outputs)
+    ir.convenience.replace_nodes_and_values(graph, last, old[::-1], [new], outputs, new.outputs)
 
 
 def _take_place(before: ir.Value, after: ir.Value) -> None:
@@ -293,8 +313,8 @@ def _numbers(value: ir.Value | None) -> list[int]:
     return [] if constant is None else [int(number) for number in constant.numpy().ravel()]
 
 
-def _nodes(graph: ir.Graph, op_type: str) -> list[ir.Node]:
-    return [node for node in graph if node.domain == "" and node.op_type == op_type]
+def _nodes(graph: ir.Graph, op_type: str, domain: str = "") -> list[ir.Node]:
+    return [node for node in graph if node.domain == domain and node.op_type == op_type]
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:

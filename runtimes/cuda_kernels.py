@@ -19,7 +19,7 @@ from runtimes.errors import BackendError
 from runtimes.native_library import is_checkout, library_path
 
 LIBRARY = library_path("mythos_cuda")
-_VERSION = 2  # of the library's interface
+_VERSION = 3  # of the library's interface
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 _ADDRESSES = ("normed", "chosen", "weight", "gate_up_routed", "down_routed", "gate_up_shared", "down_shared", "mixed")
 _SCALES = ("gate_up_routed_scales", "down_routed_scales", "gate_up_shared_scales", "down_shared_scales")

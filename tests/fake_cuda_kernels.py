@@ -20,7 +20,7 @@ from runtimes.dtypes import STORAGE, convert
 from runtimes.errors import BackendError
 from runtimes.sampling import Sampling, SplitMix64, log_softmax
 
-VERSION = 2
+VERSION = 3
 DTYPES = ("float32", "float16", "bfloat16")
 _LAYOUT = struct.Struct("@Ii8i12Pf3PQ")  # of mythos_cuda_experts
 _APPEND, _LIKELIEST = struct.Struct("@I4iq4P"), struct.Struct("@I2i4PQ")

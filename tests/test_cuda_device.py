@@ -254,6 +254,7 @@ UPDATES = "3 4 100 3 1, 1 1 2048 8 0, 2 1 7 1 1, 1 3 1000 0 0, 2 5 3000 9 1, 1 2
 
 @pytest.mark.parametrize("shape", sizes("batch seq dim lora_rank n_loops_per_row", UPDATES, 2))
 def test_recurrent(shape: dict[str, int]) -> None:
+    """The update alone, and with what enters the next loop."""
     batch, seq, dim, rank, per_row = shape.values()
     tokens = batch * seq
     inputs = {name: normal(tokens, dim) for name in ("x", "h", "e", "result")}
@@ -269,10 +270,15 @@ def test_recurrent(shape: dict[str, int]) -> None:
     inputs |= {"halt": normal(dim, scale=dim**-0.5), "decay": normal(dim), "injection": normal(dim)}
     inputs |= {"halted_mass": torch.rand(tokens, device=DEVICE) * 1.2, "exit_loop": integers(0, 5, tokens)}
     inputs |= {"n_loops": integers(2, 6, batch if per_row else 1)}
-    next_h, next_result, next_mass = blank(tokens, dim), blank(tokens, dim), blank(tokens)
-    next_exit = blank(tokens, dtype=torch.int64)
-    fields = {"act_threshold": 0.99, "halt_bias": 0.1, "loop": 3, "next_h": next_h, "next_result": next_result}
-    Call("recurrent_update", **shape, **inputs, **fields, next_halted_mass=next_mass, next_exit_loop=next_exit).run()
+    entry, updates = {"loop_signal": signal, "norm": norm, "epsilon": 1e-6, "y": blank(tokens, dim)}, []
+    for more in ({}, entry):
+        outputs = {"next_h": blank(tokens, dim), "next_result": blank(tokens, dim), "next_halted_mass": blank(tokens)}
+        outputs["next_exit_loop"] = blank(tokens, dtype=torch.int64)
+        fields = {"act_threshold": 0.99, "halt_bias": 0.1, "loop": 3, **outputs, **more}
+        Call("recurrent_update", **shape, **inputs, **fields).run()
+        updates.append(outputs)
+    assert all(torch.equal(updates[0][name], updates[1][name]) for name in updates[0])
+    next_h, next_result, next_mass, next_exit = updates[0].values()
     a = SimpleNamespace(**{name: tensor.double() for name, tensor in inputs.items()})
     want = a.decay * a.h + a.injection * a.e + a.x + (a.x @ a.lora_down.T * a.lora_scale) @ a.lora_up
     probability = torch.sigmoid(want @ a.halt + 0.1)
@@ -280,6 +286,7 @@ def test_recurrent(shape: dict[str, int]) -> None:
     mass = a.halted_mass + probability
     weight = torch.where(mass >= 0.99, (1 - a.halted_mass).clamp(min=0), probability) * running
     assert error(next_h, want) < 1e-5
+    assert error(entry["y"], rms_norm(want + signal.double() + a.e, norm, 1e-6)) < 1e-5
     assert error(next_result, a.result + weight[:, None] * want) < 1e-5
     assert error(next_mass, a.halted_mass + probability * running) < 1e-5
     assert torch.equal(next_exit, inputs["exit_loop"] + running)

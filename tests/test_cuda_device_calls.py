@@ -30,7 +30,7 @@ REFUSED = {  # a change each, or several that go together
     "attention": "dtype=3 cache_dtype=3 rank=513 rope=7 nope=0 window=-1 n_kv_heads=3 seq=65536 capacity=-1",
     "routing": "top_k=0 top_k=33 experts=63 groups=0 top_k_groups=5 group_top_k=17 experts=2048",
     "recurrent_input": "dim=0 dim=8193 tokens=-1",
-    "recurrent_update": "dim=0 dim=8193 lora_rank=-1 batch=-1",
+    "recurrent_update": "dim=0 dim=8193 lora_rank=-1 batch=-1 loop_signal=0 norm=0",
     "append": "capacity=0 row_bytes=0 batch=65536 slots=-1",
     "likeliest": "vocab=0 rows=65536",
     "choose": "vocab=0 vocab=1048577 rows=-1 top_k=-1 temperature=-1 top_p=0 top_p=2 min_p=-1 min_p=2 repetition_penalty=0",

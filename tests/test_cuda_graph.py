@@ -62,6 +62,12 @@ BODIES = (
          inside = Clip (positions, zero, last)
          y = Gather (table, inside)
        }""",
+    """RecurrentUpdateInput <act_threshold, epsilon>
+         (x, h, e, result, mass, exit, loop, n, down, scale, up, decay, inject, halt, bias, signal, norm, next) => (a, b, c, d, y) {
+         a, b, c, d = ai.mythos.RecurrentUpdate <act_threshold: float = @act_threshold>
+           (x, h, e, result, mass, exit, loop, n, down, scale, up, decay, inject, halt, bias)
+         y = ai.mythos.RecurrentInput <epsilon: float = @epsilon> (a, e, signal, norm, next)
+       }""",
     """QuantizedEmbedding <block_size, activation_type> (ids, table, scale) => (y) {
          rows = Gather (table, ids)
          row_scales = Gather (scale, ids)
@@ -184,6 +190,9 @@ def test_it_reads_the_same_weights_through_operators_of_the_library_alone(bundle
     assert "Range" not in kinds  # computed on the CPU, whatever its inputs are
     assert not kinds & {"Split", "DequantizeLinear", "QuantizedLatentAttention"}
     assert ("StackRows" in kinds) == (graph.loops is not None)
+    loop_ends = [node.op_type for node in nodes if node.op_type.startswith("Recurrent")]
+    joined = ["RecurrentUpdateInput"] * ((graph.loops or 1) - 1)  # unrolled, or the body of a loop
+    assert loop_ends == ["RecurrentInput", *joined, "RecurrentUpdate"]
     assert quantized or not [node for node in nodes if node.op_type == "Cast" and node.input[0] in weights]
     assert path.name not in graph.weights
     assert path.stat().st_size < source.stat().st_size
@@ -291,11 +300,17 @@ def test_the_library_registers_without_a_gpu_and_types_its_operators(library: Pa
         "int64[b] p, int64[b, s] ids, float[9, 4] t": "float[b, s, 4] y = PositionRows (p, ids, t)",
         "int64[b, s] ids, int8[9, 64] t, float16[9, 2] u": "float[b, s, 64] y = QuantizedEmbedding <block_size = 32> (ids, t, u)",
         "float[b, s, 8] x, float[8] n, bfloat16[6, 8] w": "float[b, s, 6] y = NormalizedLinear <epsilon = 0.1> (x, n, w)",
+        "float[b, s, 8] f, float[b, s, 1] m, int64[b, s, 1] i, int64 l, int64[b] n, float[2, 8] t, float[8] v, float[1] g": (
+            "float[b, s, 8] h, float[b, s, 8] r, float[b, s, 1] w, int64[b, s, 1] x, float[b, s, 8] y"
+            " = RecurrentUpdateInput <act_threshold = 0.9, epsilon = 0.1> "
+            "(f, f, f, f, m, i, l, n, t, t, t, v, v, v, g, t, v, l)"
+        ),
         "bfloat16[b, s, 8] p, bfloat16[b, s, 8] q": "bfloat16[2, b, s, 8] y = StackRows (p, q)",
     }
-    for inputs, (output, call) in {key: value.split(" = ", 1) for key, value in graphs.items()}.items():
+    for inputs, (outputs, call) in {key: value.split(" = ", 1) for key, value in graphs.items()}.items():
+        node = f"{', '.join(re.findall(r'] (.)', outputs))} = ai.mythos.{call}"
         model = parser.parse_model(
-            f'<ir_version: 10, opset_import: ["": 21, "ai.mythos": 1]> g ({inputs}) => ({output}) {{ y = ai.mythos.{call} }}'
+            f'<ir_version: 10, opset_import: ["": 21, "ai.mythos": 1]> g ({inputs}) => ({outputs}) {{ {node} }}'
         )
         options = onnxruntime.SessionOptions()
         options.register_custom_ops_library(str(library))

@@ -130,7 +130,7 @@ def without_a_function(patch: pytest.MonkeyPatch, fake: FakeTensorRT, folder: Pa
 
 
 def another_version(patch: pytest.MonkeyPatch, fake: FakeTensorRT, folder: Path) -> None:
-    install_kernels(patch, fake.cuda, version=3)
+    install_kernels(patch, fake.cuda, version=4)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def another_version(patch: pytest.MonkeyPatch, fake: FakeTensorRT, folder: Path)
         (missing, "the CUDA kernels are missing: .*libmythos_cuda.so is not built; "),
         (broken, "the CUDA kernels cannot be loaded: .*libmythos_cuda.so"),
         (without_a_function, "the CUDA kernels cannot be loaded: .*mythos_cuda_experts_launch"),
-        (another_version, "the CUDA kernels in .* are of version 3, this release uses 2; "),
+        (another_version, "the CUDA kernels in .* are of version 4, this release uses 3; "),
     ],
 )
 def test_a_library_that_cannot_be_used(

@@ -141,6 +141,12 @@ struct RecurrentUpdateKernel {
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
+    const RecurrentUpdateArgs a = Read(in, context);
+    if (a.batch * a.seq > 0) device.Run(a, context);
+  }
+
+  // All inputs of the operator, and its outputs.
+  RecurrentUpdateArgs Read(Inputs& in, OrtKernelContext* context) const {
     const Input x = in.Next(), h = in.Next(), e = in.Next(), result = in.Next(), halted_mass = in.Next(), exit_loop = in.Next();
     const Input loop = in.Next(), n_loops = in.Next(), lora_down = in.Next(), lora_scale = in.Next(), lora_up = in.Next();
     const Input decay = in.Next(), injection = in.Next(), halt = in.Next(), halt_bias = in.Next();
@@ -162,7 +168,7 @@ struct RecurrentUpdateKernel {
     a.next_halted_mass = OutputLike(context, 2, x, 1);
     const int64_t shape[] = {x.shape()[0], x.shape()[1], 1};
     a.next_exit_loop = Output<int64_t>(context, 3, shape, 3);
-    if (tokens > 0) device.Run(a, context);
+    return a;
   }
 };
 

@@ -113,14 +113,16 @@ class Registry {
     }
     const Typed loop = OnHost(kInt);
     Add<RecurrentInputKernel<Device>>("RecurrentInput", false, {kFloat, kFloat, kFloat, kFloat, loop}, {kFloat});
-    Add<RecurrentUpdateKernel<Device>>("RecurrentUpdate", false,
-                                       {kFloat, kFloat, kFloat, kFloat, kFloat, kInt, loop, kInt, kFloat, kFloat, kFloat, kFloat,
-                                        kFloat, kFloat, OnHost(kFloat)},
-                                       {kFloat, kFloat, kFloat, kInt});
+    Add<RecurrentUpdateKernel<Device>>("RecurrentUpdate", false, UpdateInputs(), {kFloat, kFloat, kFloat, kInt});
   }
   Ort::CustomOpDomain domain;
 
  protected:
+  static Types UpdateInputs() {
+    return {kFloat, kFloat, kFloat, kFloat, kFloat, kInt, OnHost(kInt), kInt,
+            kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, OnHost(kFloat)};
+  }
+
   template <typename Each>
   void ForLinear(const char* name, const char* quantized_name, const Each& each) {
     ForWeights(name, quantized_name, {{kInt8}, {kInt4}, {kFloat8}}, each);

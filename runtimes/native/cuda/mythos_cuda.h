@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define MYTHOS_CUDA_VERSION 2
+#define MYTHOS_CUDA_VERSION 3
 #define MYTHOS_CUDA_FLOAT32 0
 #define MYTHOS_CUDA_FLOAT16 1
 #define MYTHOS_CUDA_BFLOAT16 2
@@ -114,6 +114,9 @@ typedef struct mythos_cuda_recurrent_update {
   const float *decay, *injection, *halt;          // [D]
   float *next_h, *next_result, *next_halted_mass; // [T, D], [T, D], [T], out
   int64_t* next_exit_loop;   // [T], out
+  const float *loop_signal, *norm;  // [D]: of the next loop's mythos_cuda_recurrent_input, whose h is next_h
+  float epsilon;             // of the norm
+  float* y;                  // [T, D], out: what that input is; null: it is not computed, and the three above are not read
 } mythos_cuda_recurrent_update;
 
 int32_t mythos_cuda_recurrent_update_launch(const mythos_cuda_recurrent_update* update, void* stream);

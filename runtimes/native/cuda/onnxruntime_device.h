@@ -165,6 +165,19 @@ class Gpu {
   }
 
   void Run(const RecurrentUpdateArgs& a, OrtKernelContext* context) const {
+    mythos_cuda_recurrent_update call = Update(a);
+    Calls(context, "RecurrentUpdate").Launch(mythos_cuda_recurrent_update_launch, call);
+  }
+
+  // And what enters the next loop, whose state and e are the update's.
+  void Run(const RecurrentUpdateArgs& a, const RecurrentInputArgs& next, OrtKernelContext* context) const {
+    mythos_cuda_recurrent_update call = Update(a);
+    call.loop_signal = next.loop_signal, call.norm = next.norm, call.epsilon = next.epsilon, call.y = next.y;
+    Calls(context, "RecurrentUpdateInput").Launch(mythos_cuda_recurrent_update_launch, call);
+  }
+
+ private:
+  static mythos_cuda_recurrent_update Update(const RecurrentUpdateArgs& a) {
     mythos_cuda_recurrent_update call{};
     call.batch = Int(a.batch), call.seq = Int(a.seq), call.dim = Int(a.dim), call.lora_rank = Int(a.lora_rank);
     call.act_threshold = a.act_threshold, call.halt_bias = a.halt_bias, call.loop = a.loop, call.n_loops_per_row = a.n_loops_per_row;
@@ -174,10 +187,9 @@ class Gpu {
     call.decay = a.decay, call.injection = a.injection, call.halt = a.halt;
     call.next_h = a.next_h, call.next_result = a.next_result, call.next_halted_mass = a.next_halted_mass;
     call.next_exit_loop = a.next_exit_loop;
-    Calls(context, "RecurrentUpdate").Launch(mythos_cuda_recurrent_update_launch, call);
+    return call;
   }
 
- private:
   static mythos_cuda_linear Linear(size_t tokens, const Matrix& weight) {
     mythos_cuda_linear call{};
     call.dtype = DtypeOf(weight), call.tokens = Int(tokens), call.inputs = Int(weight.k), call.outputs = Int(weight.n);

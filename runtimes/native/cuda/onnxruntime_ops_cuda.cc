@@ -88,6 +88,25 @@ struct StackRowsKernel {
   }
 };
 
+// The end of a loop and what enters the next one: RecurrentUpdate, and RecurrentInput of its next_h and e, whose loop_signal, norm and
+// loop follow the update's inputs.
+struct RecurrentUpdateInputKernel : RecurrentUpdateKernel<Gpu> {
+  float epsilon;
+  RecurrentUpdateInputKernel(const OrtKernelInfo* info, bool quantized)
+      : RecurrentUpdateKernel<Gpu>(info, quantized), epsilon(Attribute<float>(info, "epsilon")) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const RecurrentUpdateArgs a = Read(in, context);
+    const Input loop_signal = in.Next(), norm = in.Next(), loop = in.Next();
+    Require(norm.size() == a.dim, "norm does not fit x");
+    const int64_t shape[] = {static_cast<int64_t>(a.batch), static_cast<int64_t>(a.seq), static_cast<int64_t>(a.dim)};
+    const RecurrentInputArgs next{a.batch * a.seq, a.dim, epsilon, a.next_h, a.e, TableRow(loop_signal, loop.ints()[0], a.dim),
+                                  norm.floats(), Output<float>(context, 4, shape, 3)};
+    if (next.tokens > 0) device.Run(a, next, context);
+  }
+};
+
 class CudaRegistry : public Registry<Gpu> {
  public:
   CudaRegistry() {
@@ -98,6 +117,8 @@ class CudaRegistry : public Registry<Gpu> {
     for (const Type table : {kInt8, kInt4, kFloat8})
       for (const Type scales : {kFloat, kHalf}) AddAs<EmbeddingKernel>("QuantizedEmbedding", true, {kInt, table, scales}, {kFloat});
     Add<PositionRowsKernel>("PositionRows", false, {kInt, kInt, kFloat}, {kFloat});
+    Add<RecurrentUpdateInputKernel>("RecurrentUpdateInput", false, Join({UpdateInputs(), {kFloat, kFloat, OnHost(kInt)}}),
+                                    {kFloat, kFloat, kFloat, kInt, kFloat});
     for (const Type cache : Gpu::Caches()) Add<StackRowsKernel>("StackRows", false, {Variadic(cache)}, {cache});
   }
 };

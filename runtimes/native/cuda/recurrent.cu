@@ -1,4 +1,5 @@
-// What stands around the looped layers, a block a token at a time: signal and norm before, LoRA, injection and halting after.
+// What stands around the looped layers, a block a token at a time: signal and norm before, LoRA, injection and halting after, and of
+// the next loop's signal and norm at once where they are wanted.
 //
 // Shape letters: T tokens, D dim, r lora_rank.
 #include <cuda_runtime.h>
@@ -63,18 +64,19 @@ __global__ void __launch_bounds__(kThreads) recurrent_input(mythos_cuda_recurren
   }
 }
 
-// kRanks rows of a LoRA's matrix: in registers before they are needed, where they fit, else read when they are.
-template <int kPieces>
-struct LoraRows {
+// kRows rows of a matrix, from `first` on: in registers before they are needed, where they fit, else read when they are.
+template <int kPieces, int kRows>
+struct Rows {
   static constexpr bool kHeld = kPieces <= kMostPieces;
-  Channels<kHeld ? kPieces : 1> rows[kHeld ? kRanks : 1];
+  Channels<kHeld ? kPieces : 1> rows[kHeld ? kRows : 1];
   const float* matrix;
   int dim, count;
 
-  __device__ __forceinline__ LoraRows(const float* from, int first, int rank, int width) : matrix(from + int64_t(first) * width), dim(width), count(rank - first) {
+  __device__ __forceinline__ Rows(const float* from, int first, int all, int width)
+      : matrix(from + int64_t(first) * width), dim(width), count(all - first) {
     if constexpr (kHeld) {
 #pragma unroll
-      for (int i = 0; i < kRanks; ++i) rows[i].load(matrix + int64_t(i) * dim, i < count ? dim : 0);
+      for (int i = 0; i < kRows; ++i) rows[i].load(matrix + int64_t(i) * dim, i < count ? dim : 0);
     }
   }
   __device__ __forceinline__ float at(int row, int piece) const {
@@ -84,12 +86,26 @@ struct LoraRows {
   }
 };
 
+// Two sums at a time; every thread gets them. scratch: of kWarps pairs in shared memory.
+__device__ __forceinline__ float2 sums_of_block(float2 values, float2* scratch) {
+  values = {sum_of_warp(values.x), sum_of_warp(values.y)};
+  __syncthreads();  // scratch may still be read
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = values;
+  __syncthreads();
+  float2 total = {};
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) total.x += scratch[warp].x, total.y += scratch[warp].y;
+  return total;
+}
+
 template <int kPieces>
 __global__ void __launch_bounds__(kThreads) recurrent_update(mythos_cuda_recurrent_update a) {
-  __shared__ float partial[kWarps][kRanks], scratch[kWarps];
+  __shared__ float partial[kWarps][kRanks];
+  __shared__ float2 scratch[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Channels<kPieces> decay, injection, halt, next, h, e, result;
-  LoraRows<kPieces> down(a.lora_down, 0, a.lora_rank, a.dim), up(a.lora_up, 0, a.lora_rank, a.dim);
+  Rows<kPieces, kRanks> down(a.lora_down, 0, a.lora_rank, a.dim), up(a.lora_up, 0, a.lora_rank, a.dim);
+  Rows<kPieces, 1> signal(a.loop_signal, 0, a.y != nullptr, a.dim), norm(a.norm, 0, a.y != nullptr, a.dim);
   decay.load(a.decay, a.dim), injection.load(a.injection, a.dim), halt.load(a.halt, a.dim);
   int held = 0;  // first of the ranks whose rows are held
   wait_for_previous();
@@ -103,7 +119,8 @@ __global__ void __launch_bounds__(kThreads) recurrent_update(mythos_cuda_recurre
 #pragma unroll 1
     for (int first = 0; first < a.lora_rank; first += kRanks) {
       if (first != held) {
-        down = LoraRows<kPieces>(a.lora_down, first, a.lora_rank, a.dim), up = LoraRows<kPieces>(a.lora_up, first, a.lora_rank, a.dim);
+        down = Rows<kPieces, kRanks>(a.lora_down, first, a.lora_rank, a.dim);
+        up = Rows<kPieces, kRanks>(a.lora_up, first, a.lora_rank, a.dim);
         held = first;
         __syncthreads();  // partial may still be read
       }
@@ -128,14 +145,21 @@ __global__ void __launch_bounds__(kThreads) recurrent_update(mythos_cuda_recurre
         for (int piece = 0; piece < kPieces; ++piece) lora.at[piece] = fmaf(low, up.at(i, piece), lora.at[piece]);
       }
     }
-    float logit = 0.0f;
+    float2 sums = {};  // of the logit, and of the squares of what y is the norm of, which e becomes
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       next.at[piece] = decay.at[piece] * h.at[piece] + injection.at[piece] * e.at[piece] + (next.at[piece] + lora.at[piece]);
-      logit = fmaf(next.at[piece], halt.at[piece], logit);
+      e.at[piece] = next.at[piece] + (signal.at(0, piece) + e.at[piece]);
+      sums = {fmaf(next.at[piece], halt.at[piece], sums.x), fmaf(e.at[piece], e.at[piece], sums.y)};
     }
-    logit = sum_of_block<kWarps>(logit, scratch);
-    const float probability = __fdividef(1.0f, 1.0f + expf(-(logit + a.halt_bias))), mass = halted + probability;
+    sums = sums_of_block(sums, scratch);
+    if (a.y != nullptr) {
+      const float factor = inverse_rms(sums.y, a.dim, a.epsilon);
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) e.at[piece] *= factor * norm.at(0, piece);
+      e.store(a.y + row, a.dim);
+    }
+    const float probability = __fdividef(1.0f, 1.0f + expf(-(sums.x + a.halt_bias))), mass = halted + probability;
     const float weight = mass >= a.act_threshold ? fmaxf(1.0f - halted, 0.0f) : probability;
     next.store(a.next_h + row, a.dim);
 #pragma unroll
@@ -177,6 +201,7 @@ __attribute__((visibility("default"))) int32_t mythos_cuda_recurrent_input_launc
 __attribute__((visibility("default"))) int32_t mythos_cuda_recurrent_update_launch(const mythos_cuda_recurrent_update* a, void* stream) {
   const bool valid = a != nullptr && a->size >= sizeof(*a) && a->batch >= 0 && a->seq >= 0 && a->dim > 0 && a->lora_rank >= 0;
   if (!valid || a->dim > kAnyPieces * kThreads) return cudaErrorInvalidValue;
+  if (a->y != nullptr && (a->loop_signal == nullptr || a->norm == nullptr)) return cudaErrorInvalidValue;
   if (a->batch == 0 || a->seq == 0) return cudaSuccess;
   return with_pieces(a->dim, [&](auto pieces) {
     return launch_kernel(recurrent_update<pieces()>, std::min(a->batch * a->seq, kMostBlocks), kThreads, 0, static_cast<cudaStream_t>(stream), *a);
