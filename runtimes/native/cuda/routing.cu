@@ -32,6 +32,13 @@ struct Best {
       : key(__reduce_max_sync(0xffffffffu, mine)), index(int(__reduce_min_sync(0xffffffffu, mine == key ? uint32_t(index_of_mine) : ~0u))) {}
 };
 
+// Of the lanes below count, where all others have 0; those below get it.
+__device__ __forceinline__ float sum_of_first(float value, int count) {
+#pragma unroll 1
+  for (int distance = 1; distance < count; distance *= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  return value;
+}
+
 // kEach: experts a lane; lane l has experts l, l + 32 and so on.
 template <int kEach>
 __global__ void __launch_bounds__(32 * kWarps) choose(mythos_cuda_routing a) {
@@ -85,17 +92,17 @@ __global__ void __launch_bounds__(32 * kWarps) choose(mythos_cuda_routing a) {
     for (int i = 0; i < kEach; ++i)
       if (!(kept >> (lane + 32 * i) / each & 1)) keys[i] = 0;
   }
-  int chosen = 0;  // of rank `lane`
-  float score = 0.0f;
+  uint32_t chosen = 0;  // of rank `lane`
 #pragma unroll 1
   for (int rank = 0; rank < a.top_k; ++rank) {
     const int expert = min(take(keys, 0, a.experts).index, a.experts - 1);
-    float of_lane = 0.0f;
+    if (lane == rank) chosen = expert;
+  }
+  float score = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (expert / 32 == i) of_lane = scores[i];
-    const float found = __shfl_sync(0xffffffffu, of_lane, expert % 32);
-    if (lane == rank) chosen = expert, score = found;
+  for (int i = 0; i < kEach; ++i) {  // after the loop: in it, every rank would wait for its score
+    const float found = __shfl_sync(0xffffffffu, scores[i], chosen % 32);
+    if (chosen / 32 == i) score = found;
   }
   const bool ranked = lane < a.top_k;
   float weight = ranked ? score : 0.0f, sum = 1.0f;
@@ -105,21 +112,19 @@ __global__ void __launch_bounds__(32 * kWarps) choose(mythos_cuda_routing a) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) most = fmaxf(most, lane + 32 * i < a.experts ? scores[i] : -FLT_MAX);
     most = unordered(__reduce_max_sync(0xffffffffu, ordered(most)));
-    weight = ranked ? expf(score - most) : 0.0f;
-    sum = weight;
+    weight = ranked ? __expf(score - most) : 0.0f;
     if (!a.normalized) {
       sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) sum += lane + 32 * i < a.experts ? expf(scores[i] - most) : 0.0f;
+      for (int i = 0; i < kEach; ++i) sum += lane + 32 * i < a.experts ? __expf(scores[i] - most) : 0.0f;
+      sum = sum_of_warp(sum);
     }
-    sum = sum_of_warp(sum);
-  } else if (a.normalized) {
-    sum = sum_of_warp(weight) + kSmallestSum;
   }
+  if (a.normalized) sum = sum_of_first(weight, a.top_k) + kSmallestSum;
   if (!ranked) return;
   const int64_t at = int64_t(token) * a.top_k + lane;
   a.chosen[at] = chosen;
-  a.weight[at] = weight / sum * a.scale;
+  a.weight[at] = __fdividef(weight, sum) * a.scale;
 }
 
 }  // namespace
