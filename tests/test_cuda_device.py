@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections import namedtuple
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,10 +99,8 @@ EXPERTS = """128 96 2 8 0, 50 34 3 5 2, 96 160 2 6 2, 51 33 3 5 2, 2048 512 4 16
     1024 128 0 0 3, 160 2048 4 12 1, 512 256 8 64 2, 256 342 0 0 2, 2048 2730 0 0 1"""
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("shape", sizes("dim expert_dim top_k routed shared", EXPERTS))
-def test_experts(form: Form, shape: dict[str, int]) -> None:
-    """A quarter of the routed ones have no token."""
+def check_experts(form: Form, shape: dict[str, int], counts: Sequence[int]) -> None:
+    """Of counts of tokens. A quarter of the routed experts have none."""
     dim, expert_dim, top_k, routed, shared = shape.values()
     skip_odd(form, dim, expert_dim)
     gate_up, down = form.weights(routed + shared, 2 * expert_dim, dim), form.weights(routed + shared, dim, expert_dim)
@@ -109,7 +108,7 @@ def test_experts(form: Form, shape: dict[str, int]) -> None:
     for name, (stored, scales, _) in (("gate_up", gate_up), ("down", down)):
         for kind, part in (("routed", slice(routed)), ("shared", slice(routed, None))):
             stacks |= {f"{name}_{kind}": stored[part].clone(), f"{name}_{kind}_scales": scales[part].clone()}
-    for tokens in TOKENS:
+    for tokens in counts:
         x, norm, residual, mixed = normal(tokens, dim), norm_weight(dim), normal(tokens, dim), blank(tokens, dim)
         among = torch.randperm(routed, device=DEVICE)[: max(top_k, routed * 3 // 4)]
         chosen = among[torch.rand(tokens, len(among), device=DEVICE).topk(top_k).indices]
@@ -122,6 +121,20 @@ def test_experts(form: Form, shape: dict[str, int]) -> None:
         want = torch.einsum("te,etd->td", share, (torch.nn.functional.silu(gate) * up) @ down[2].mT)
         limit = LIMITS.get(form.dtype, 5e-5 if form.is_few(tokens, dim, expert_dim) else 1.5e-3)
         assert error(mixed - residual, want) < limit, f"{tokens} tokens"
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", sizes("dim expert_dim top_k routed shared", EXPERTS))
+def test_experts(form: Form, shape: dict[str, int]) -> None:
+    check_experts(form, shape, TOKENS)
+
+
+@pytest.mark.skipif(QUICK, reason="many tokens")
+@pytest.mark.parametrize("form", [form for form in FORMS if form.dtype != "float32"], ids=str)
+@pytest.mark.parametrize("shape", sizes("dim expert_dim top_k routed shared", "1024 136 1 40 3, 1000 264 0 0 2"))
+def test_experts_of_many_tokens(form: Form, shape: dict[str, int]) -> None:
+    """So many that the shared ones are summed at once, and that groups of routed ones take more than a tile."""
+    check_experts(form, shape, (4100,))
 
 
 # Attention

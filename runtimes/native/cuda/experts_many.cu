@@ -10,6 +10,7 @@
 #include "quantized_tiles.cuh"
 #include "rounding.cuh"
 #include "tiles.cuh"
+#include "tiles_hopper.cuh"
 
 namespace mythos::cuda {
 namespace {
@@ -17,6 +18,7 @@ namespace {
 constexpr int kGroupingThreads = 1024;
 constexpr int kEnoughBlocks = 256;  // for any GPU to be busy
 constexpr int kLeastRows = 16, kMostRows = 128, kMostColumns = 128;  // of a tile
+constexpr int kEnoughWideTiles = 64;  // of 256 columns: fewer leave more of the GPU idle than they gain
 
 // Rows of a tile, and which expert they are for: inner rows first to first + count of all, or of a shared expert's.
 struct Group {
@@ -41,12 +43,26 @@ struct Workspace {
   int parts;            // S where each shared expert's product stands alone, 1 where they are summed at once, 0 without any
 };
 
+// Tokens of each routed expert on average; they see few of all.
+int tokens_of_each(const mythos_cuda_experts& e) { return e.routed ? int(pairs(e) / e.routed) : e.tokens; }
+
+template <typename Stored>
+using Wide = WideTile<Stored, kMostRows, 4>;
+
+// Whether tiles are Wide ones on the current device. The workspace takes as much where they are not.
+bool takes_wide(const mythos_cuda_experts& e) {
+  constexpr int kColumns = Wide<__half>::kN;
+  if (is_quantized(e.dtype) || e.tokens <= 16 || tokens_of_each(e) <= 8 || e.expert_dim % kPiece != 0 || !has_wgmma()) return false;
+  const int64_t tiles = int64_t(ceil_div(e.tokens, kMostRows)) * e.shared + e.routed;
+  return tiles * std::min(ceil_div(e.expert_dim, kColumns / 2), ceil_div(e.dim, kColumns)) >= kEnoughWideTiles;
+}
+
 Shape shape_of(const mythos_cuda_experts& e) {
-  const int each = e.routed ? int(pairs(e) / e.routed) : e.tokens;  // routed experts see few of the tokens each
+  const int each = tokens_of_each(e);
   if (e.tokens <= 16) return {16, 16, 64};
   if (each <= 8) return {16, 64, 64};
-  if (each <= 16) return {32, 128, 128};
-  return each <= 40 ? Shape{64, 128, 128} : Shape{128, 128, 128};
+  if (each > 40 || takes_wide(e)) return {128, 128, 128};
+  return {each <= 16 ? 32 : 64, 128, 128};
 }
 
 Workspace place(const mythos_cuda_experts& e, Arena& arena) {
@@ -165,7 +181,7 @@ __device__ __forceinline__ void inner_tile(const Sizes& n, const TokenRows<W>& l
 
 // Blocks: (columns of F, tiles of shared experts and groups of routed ones).
 template <typename Stored, typename Routed, typename Shared, int kRows, int kColumns>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(Routed::kThreads)
     inner_many(Sizes n, StackOf<Stored> gate_up_routed, StackOf<Stored> gate_up_shared, Workspace w) {
   using W = Multiplied<Stored>;
   wait_for_previous();
@@ -234,7 +250,8 @@ __device__ __forceinline__ void outer_tile(const Sizes& n, int experts, const In
 
 // Blocks: (columns of D, tiles of the shared experts' parts and groups of routed ones).
 template <typename Stored, typename Routed, typename Shared, int kRows, int kColumns>
-__global__ void __launch_bounds__(kTileThreads) outer_many(Sizes n, StackOf<Stored> down_routed, StackOf<Stored> down_shared, Workspace w) {
+__global__ void __launch_bounds__(Routed::kThreads)
+    outer_many(Sizes n, StackOf<Stored> down_routed, StackOf<Stored> down_shared, Workspace w) {
   using W = Multiplied<Stored>;
   wait_for_previous();
   const int first = blockIdx.x * kColumns, tiles = (n.tokens + kRows - 1) / kRows;
@@ -280,7 +297,7 @@ StackOf<Stored> stack_of(const mythos_cuda_experts& e, const void* values, const
   return make_stack<Stored>(values, scales, e.dtype, e.scale_dtype, e.block, columns);
 }
 
-// Both products, in tiles of kRouted and kShared rows.
+// Both products, in tiles of kShared rows, for routed experts of Routed's.
 template <typename Stored, typename Routed, typename Shared, int kShared, int kColumns>
 cudaError_t launch_products(const mythos_cuda_experts& e, const Sizes& n, const Workspace& w, cudaStream_t stream) {
   constexpr int kBytes = Routed::kSharedBytes > Shared::kSharedBytes ? Routed::kSharedBytes : Shared::kSharedBytes;
@@ -289,11 +306,11 @@ cudaError_t launch_products(const mythos_cuda_experts& e, const Sizes& n, const 
   const int tiles = ceil_div(n.tokens, kShared);
   const dim3 inner_blocks(ceil_div(n.expert_dim, kColumns / 2), tiles * n.shared + w.most_groups);
   const dim3 outer_blocks(ceil_div(n.dim, kColumns), tiles * w.parts + w.most_groups);
-  const cudaError_t error = launch_kernel(inner, inner_blocks, kTileThreads, kBytes, stream, n,
+  const cudaError_t error = launch_kernel(inner, inner_blocks, Routed::kThreads, kBytes, stream, n,
                                           stack_of<Stored>(e, e.gate_up_routed, e.gate_up_routed_scales, n.dim),
                                           stack_of<Stored>(e, e.gate_up_shared, e.gate_up_shared_scales, n.dim), w);
   if (error != cudaSuccess) return error;
-  return launch_kernel(outer, outer_blocks, kTileThreads, kBytes, stream, n,
+  return launch_kernel(outer, outer_blocks, Routed::kThreads, kBytes, stream, n,
                        stack_of<Stored>(e, e.down_routed, e.down_routed_scales, n.expert_dim),
                        stack_of<Stored>(e, e.down_shared, e.down_shared_scales, n.expert_dim), w);
 }
@@ -323,6 +340,7 @@ cudaError_t launch_products(const mythos_cuda_experts& e, const Sizes& n, const 
   if constexpr (kQuantized<Stored>) {
     return launch_wide<Stored, 2>(e, n, w, stream);
   } else {
+    if (takes_wide(e)) return launch_products<Stored, Wide<Stored>, Wide<Stored>, kMostRows, Wide<Stored>::kN>(e, n, w, stream);
     int device, most_shared;
     for (const auto asked : {cudaGetDevice(&device), cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)})
       if (asked != cudaSuccess) return asked;

@@ -5,17 +5,32 @@
 
 namespace mythos::cuda {
 
-bool overlaps_launches() {
+namespace {
+
+// Of the current device, ten times the compute capability; 0 where it does not tell.
+int capability() {
   constexpr int kMostDevices = 64;
-  static std::atomic<int> known[kMostDevices];  // 0: not asked yet, 1: no, 2: yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMostDevices) return false;
+  static std::atomic<int> known[kMostDevices];  // 0: not asked yet
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMostDevices) return 0;
   if (known[device] == 0) {
-    int major = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-    known[device] = major >= 9 ? 2 : 1;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return 0;
+    known[device] = 10 * major + minor;
   }
-  return known[device] == 2;
+  return known[device];
+}
+
+}  // namespace
+
+bool overlaps_launches() { return capability() >= 90; }
+
+bool has_wgmma() {
+#ifdef MYTHOS_CUDA_WGMMA
+  return capability() == 90;
+#else
+  return false;
+#endif
 }
 
 cudaError_t most_shared_bytes(int* bytes) {

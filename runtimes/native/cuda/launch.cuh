@@ -50,8 +50,9 @@ __device__ __forceinline__ void prefetch_share(const void* from, int64_t bytes, 
   if (first < bytes) prefetch(static_cast<const char*>(from) + first, min(share, bytes - first));
 }
 
-// Whether the current device overlaps launches; asked once a device.
+// Whether the current device overlaps launches, and whether it runs this library's code for sm_90a; asked once a device.
 bool overlaps_launches();
+bool has_wgmma();
 // The most shared memory of a block on the current device.
 cudaError_t most_shared_bytes(int* bytes);
 

@@ -63,7 +63,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 // 16 x 8. kDepth: numbers of a row in a stage.
 template <typename W, int kM, int kN, int kWarpsM, int kDepth>
 struct TileSums {
-  static constexpr int kWarpsN = kTileWarps / kWarpsM;
+  static constexpr int kThreads = kTileThreads, kWarpsN = kTileWarps / kWarpsM;
   static constexpr int kMs = kM / kWarpsM / 16, kNs = kN / kWarpsN / 8;
   static constexpr int kPitch = kDepth + kPiece;  // ldmatrix reads eight rows of it without conflicts
   static constexpr int kPieces = kDepth / kPiece, kRowsAtOnce = kTileThreads / kPieces;
@@ -101,56 +101,73 @@ struct TileSums {
   }
 };
 
+// What a thread copies of the rows of both sides: a piece of the same rows in every stage of kDepth numbers.
+template <typename W, int kM, int kN, int kThreads, int kDepth>
+struct CopiedRows {
+  static constexpr int kPieces = kDepth / kPiece, kRowsAtOnce = kThreads / kPieces;
+  static constexpr int kLeftCopies = kM / kRowsAtOnce, kCopies = (kM + kN) / kRowsAtOnce;
+  static_assert(kM % kRowsAtOnce == 0 && kN % kRowsAtOnce == 0, "whole copies");
+
+  const W* from[kCopies];  // null where a row does not exist
+  const W* any;
+  int64_t left_jump, right_jump;  // from a row of a matrix to that of the next one
+  int width, k;
+
+  template <typename Left, typename Right>
+  __device__ __forceinline__ CopiedRows(const Left& left, const Right& right)
+      : any(left.any()), left_jump(left.jump()), right_jump(right.jump() * left.width()), width(left.width()), k(piece() * kPiece) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int at = row() + i * kRowsAtOnce;
+      if (i < kLeftCopies) {
+        from[i] = left(at);
+      } else {
+        const int64_t index = right(at - kM);
+        from[i] = index < 0 ? nullptr : right.stack + index * width;
+      }
+    }
+  }
+
+  // Where in a stage a thread's first piece is.
+  static __device__ __forceinline__ int row() { return threadIdx.x / kPieces; }
+  static __device__ __forceinline__ int piece() { return threadIdx.x % kPieces; }
+
+  // To the next stage's numbers.
+  __device__ __forceinline__ void advance() {
+    k += kDepth;
+    if (k - piece() * kPiece >= width) {
+      k = piece() * kPiece;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i)
+        if (from[i] != nullptr) from[i] += i < kLeftCopies ? left_jump : right_jump;
+    }
+  }
+};
+
 // Such a tile of rows that are copied in kStages stages.
 template <typename W, int kM, int kN, int kWarpsM, int kDepth, int kStages>
 struct Tile : TileSums<W, kM, kN, kWarpsM, kDepth> {
   using Sums = TileSums<W, kM, kN, kWarpsM, kDepth>;
-  using Sums::kPieces, Sums::kPitch, Sums::kRowsAtOnce;
+  using Sums::kPitch, Sums::kRowsAtOnce;
   static constexpr int kStage = (kM + kN) * kPitch;
   static constexpr int kSharedBytes = kStages * kStage * int(sizeof(W));
-  static constexpr int kLeftCopies = kM / kRowsAtOnce, kCopies = (kM + kN) / kRowsAtOnce;
 
-  // What a thread copies: a piece of the same rows in every stage.
-  struct Copies {
-    const W* from[kCopies];  // null where a row does not exist
-    const W* any;
-    int64_t left_jump, right_jump;  // from a row of a matrix to that of the next one
-    int width, k;
-
-    template <typename Left, typename Right>
-    __device__ __forceinline__ Copies(const Left& left, const Right& right)
-        : any(left.any()), left_jump(left.jump()), right_jump(right.jump() * left.width()), width(left.width()),
-          k(threadIdx.x % kPieces * kPiece) {
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const int row = threadIdx.x / kPieces + i * kRowsAtOnce;
-        if (i < kLeftCopies) {
-          from[i] = left(row);
-        } else {
-          const int64_t index = right(row - kM);
-          from[i] = index < 0 ? nullptr : right.stack + index * width;
-        }
-      }
-    }
+  struct Copies : CopiedRows<W, kM, kN, kTileThreads, kDepth> {
+    using Rows = CopiedRows<W, kM, kN, kTileThreads, kDepth>;
+    using Rows::from, Rows::width, Rows::k, Rows::Rows;
 
     __device__ __forceinline__ void next(W* stage) {
-      const uint32_t to = shared_address(stage + threadIdx.x / kPieces * kPitch + threadIdx.x % kPieces * kPiece);
+      const uint32_t to = shared_address(stage + this->row() * kPitch + this->piece() * kPiece);
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
+      for (int i = 0; i < Rows::kCopies; ++i) {
         const bool valid = from[i] != nullptr && k < width;
-        const W* source = valid ? from[i] + k : any;
+        const W* source = valid ? from[i] + k : this->any;
         const uint32_t target = to + i * kRowsAtOnce * kPitch * int(sizeof(W));
         if (width % kPiece == 0) copy_piece(target, source, valid);
         else copy_pairs(target, source, valid ? (width - k) / 2 : 0);
       }
       commit();
-      k += kDepth;
-      if (k - int(threadIdx.x % kPieces * kPiece) >= width) {
-        k = threadIdx.x % kPieces * kPiece;
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i)
-          if (from[i] != nullptr) from[i] += i < kLeftCopies ? left_jump : right_jump;
-      }
+      this->advance();
     }
   };
 
