@@ -19,7 +19,7 @@ __device__ __forceinline__ void wait_products_but() {
 }
 
 // How wgmma finds rows of 128 bytes that begin at a shared address: eight rows are 1024 bytes, aligned to that, in which 16-byte piece p
-// of row r stands at p ^ r (128-byte swizzle).
+// of row r stands at p ^ r % 8 (128-byte swizzle).
 __device__ __forceinline__ uint64_t describe_rows(uint32_t address) {
   constexpr uint64_t kSwizzle = uint64_t(1) << 62, kEightRows = uint64_t(1024 >> 4) << 32, kUnused = uint64_t(1) << 16;
   return kSwizzle | kEightRows | kUnused | ((address & 0x3ffff) >> 4);
@@ -54,8 +54,8 @@ __device__ __forceinline__ void hold(float (&c)[32][4]) {
 #undef MYTHOS_FOUR_SUMS
 #undef MYTHOS_SUMS
 
-// A tile of sums [kM, 256] as Tile is, of four warps for every 64 rows, where no row is of part of a 16-byte piece. The sums of rows
-// that do not exist are anything; where none of 64 exists, nothing is multiplied.
+// A tile of sums [kM, 256] as Tile is, of four warps for every 64 rows. Rows are of whole 16-byte pieces. The sums of rows that do not
+// exist are anything; where none of 64 exists, nothing is multiplied.
 template <typename W, int kM, int kStages>
 struct WideTile {
   static constexpr int kN = 256, kDepth = 64, kRowsTogether = 64, kThreads = kM / kRowsTogether * 128;
@@ -120,8 +120,7 @@ struct WideTile {
       begin_products();
 #pragma unroll
       for (int k = 0; k < kDepth; k += 16) {
-        constexpr int kUnit = 16;  // bytes that a description counts in
-        const int ahead = k * int(sizeof(W)) / kUnit;
+        const int ahead = k * int(sizeof(W)) / 16;  // descriptions count in 16 bytes
         multiply_rows(sum[0], a + ahead, b + ahead, static_cast<const W*>(nullptr));
       }
       commit_products();
