@@ -18,6 +18,11 @@ __device__ __forceinline__ void combine_parts(const Shape& n, const Partial& par
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t at = n.query_of(token, head) * n.parts;
   const bool mine = threadIdx.x < n.parts;
+  // A warp's first part is read while its factor is made.
+  float early[kChannels];
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i)
+    early[i] = warp < n.parts && lane + i * 32 < n.value_dim ? parts.sums[(at + warp) * n.value_dim + lane + i * 32] : 0.0f;
   const float2 state = mine ? reinterpret_cast<const float2*>(parts.states)[at + threadIdx.x] : float2{-FLT_MAX, 0.0f};
   const float most = most_of_block<kWarps>(state.x, scratch), factor_of_part = power_of_two(state.x - most);
   if (mine) factors[threadIdx.x] = factor_of_part;
@@ -25,8 +30,14 @@ __device__ __forceinline__ void combine_parts(const Shape& n, const Partial& par
 #pragma unroll 1
   for (int channel = lane; channel < n.value_dim; channel += 32 * kChannels) {
     float sum[kChannels] = {};
+    int part = warp;
+    if (channel == lane && warp < n.parts) {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) sum[i] = early[i] * factors[warp];
+      part += kWarps;
+    }
 #pragma unroll 4
-    for (int part = warp; part < n.parts; part += kWarps) {
+    for (; part < n.parts; part += kWarps) {
       const float factor = factors[part];
       const float* row = parts.sums + (at + part) * n.value_dim + channel;
 #pragma unroll

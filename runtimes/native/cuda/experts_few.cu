@@ -107,6 +107,10 @@ __global__ void __launch_bounds__(kRowThreads)
              int64_t(min(kOuterRows, n.dim - int(blockIdx.y) * kOuterRows)) * n.expert_dim * sizeof(W));
   wait_for_previous();
   const int token = blockIdx.x, d0 = blockIdx.y * kOuterRows, warp = threadIdx.x / 32;
+  // What the sums are added to is there when they are.
+  const bool writes = threadIdx.x < kOuterRows && d0 + threadIdx.x < n.dim;
+  const int64_t at = int64_t(token) * n.dim + d0 + threadIdx.x;
+  const float added = writes && residual != nullptr ? residual[at] : 0.0f;
   const int experts = n.top_k + n.shared, of_part = (n.expert_dim / parts + kStep - 1) / kStep * kStep;
 #pragma unroll 1
   for (int item = warp; item < parts * experts; item += kRowWarps) {
@@ -129,13 +133,11 @@ __global__ void __launch_bounds__(kRowThreads)
     }
   }
   __syncthreads();
-  if (threadIdx.x < kOuterRows && d0 + threadIdx.x < n.dim) {
-    const int64_t at = int64_t(token) * n.dim + d0 + threadIdx.x;
-    float total = 0.0f;
-#pragma unroll 1
-    for (int item = 0; item < parts * experts; ++item) total += partial[item * kOuterRows + threadIdx.x];
-    mixed[at] = residual != nullptr ? residual[at] + total : total;
-  }
+  if (!writes) return;
+  float total = 0.0f;
+#pragma unroll 4
+  for (int item = 0; item < parts * experts; ++item) total += partial[item * kOuterRows + threadIdx.x];
+  mixed[at] = added + total;
 }
 
 template <typename W, int kTokens, int kPiece>

@@ -114,6 +114,10 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
     ahead.advance(kOuterWarps, steps);
   }
   wait_for_previous();
+  // What the sums are added to is there when they are.
+  const bool writes = threadIdx.x < kTileRows && d0 + threadIdx.x < n.dim;
+  const int64_t to = int64_t(token) * n.dim + d0 + threadIdx.x;
+  const float added = writes && residual != nullptr ? residual[to] : 0.0f;
 #pragma unroll 1
   for (int i = threadIdx.x; i < experts; i += kOuterThreads) {
     const bool is_shared = i < n.shared;
@@ -163,13 +167,11 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
     if (lane % 4 == 0) partial[warp][half * 8 + lane / 4] = sum;
   }
   __syncthreads();
-  if (threadIdx.x < kTileRows && d0 + threadIdx.x < n.dim) {
-    const int64_t to = int64_t(token) * n.dim + d0 + threadIdx.x;
-    float sum = 0.0f;
+  if (!writes) return;
+  float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kOuterWarps; ++i) sum += partial[i][threadIdx.x];
-    mixed[to] = residual != nullptr ? residual[to] + sum : sum;
-  }
+  for (int i = 0; i < kOuterWarps; ++i) sum += partial[i][threadIdx.x];
+  mixed[to] = added + sum;
 }
 
 QuantizedStack stack_of(const mythos_cuda_experts& e, const void* values, const void* scales, int columns) {

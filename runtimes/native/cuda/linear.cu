@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kTileThreads) linear_many(Linear a, const Mult
 #pragma unroll
       for (int piece = 0; piece < Product::kNs; ++piece) {
         const int output = output0 + Product::first_column() + piece * 8 + lane % 4 * 2 + i % 2;
-        if (output < a.outputs) a.store(token, output, product.sum[m][piece][i]);
+        if (output < a.outputs) a.store(token, output, a.added(token, output) + product.sum[m][piece][i]);
       }
     }
 }

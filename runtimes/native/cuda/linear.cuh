@@ -14,13 +14,13 @@ struct Linear {
   float *y, *rest, epsilon;
   int split;  // outputs of y; those from here on go to rest
 
-  __device__ __forceinline__ void store(int64_t token, int output, float sum) const {
-    if (output >= split) {
-      rest[token * (outputs - split) + output - split] = sum;
-      return;
-    }
-    const int64_t at = token * split + output;
-    y[at] = residual != nullptr ? residual[at] + sum : sum;
+  // What a sum is added to. Where there is a residual, there is no split.
+  __device__ __forceinline__ float added(int64_t token, int output) const {
+    return residual != nullptr ? residual[token * outputs + output] : 0.0f;
+  }
+  __device__ __forceinline__ void store(int64_t token, int output, float value) const {
+    if (output >= split) rest[token * (outputs - split) + output - split] = value;
+    else y[token * split + output] = value;
   }
 };
 

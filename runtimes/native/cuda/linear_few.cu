@@ -32,6 +32,8 @@ __global__ void __launch_bounds__(kRowThreads) multiply_rows(Linear a, const W* 
   load();
   wait_for_previous();
   const int first = blockIdx.x * kTokens, count = min(kTokens, a.tokens - first);
+  const auto added_then = [&] { return share == 0 && lane < count && output < end ? a.added(first + lane, output) : 0.0f; };
+  float added = added_then();  // of token `lane`; there when the sum is
   const SharedTokens<kTokens, kPiece> x(memory, a.inputs);
   x.fill(a.x + int64_t(first) * a.inputs, count, a.norm);
   __syncthreads();
@@ -60,19 +62,21 @@ __global__ void __launch_bounds__(kRowThreads) multiply_rows(Linear a, const W* 
     for (int token = 0; token < kTokens; ++token) {
       const float total = sum_of_warp(sum[token]);
       sum[token] = 0.0f;
-      if (lane != 0) continue;
+      if (lane != token) continue;
       if (split > 1) partial[warp][token] = total;
-      else if (token < count && finished < end) a.store(first + token, finished, total * x.factor(token, a.norm, a.epsilon));
+      else if (token < count && finished < end) a.store(first + token, finished, added + total * x.factor(token, a.norm, a.epsilon));
     }
-    if (split == 1) continue;
-    __syncthreads();
-    if (share == 0 && lane < count && finished < end) {
-      float total = 0.0f;
+    if (split > 1) {
+      __syncthreads();
+      if (share == 0 && lane < count && finished < end) {
+        float total = 0.0f;
 #pragma unroll 1
-      for (int i = 0; i < split; ++i) total += partial[warp + i][lane];
-      a.store(first + lane, finished, total * x.factor(lane, a.norm, a.epsilon));
+        for (int i = 0; i < split; ++i) total += partial[warp + i][lane];
+        a.store(first + lane, finished, added + total * x.factor(lane, a.norm, a.epsilon));
+      }
+      __syncthreads();
     }
-    __syncthreads();
+    if (turn < turns) added = added_then();
   }
 }
 

@@ -29,19 +29,22 @@ __global__ void __launch_bounds__(kThreads, 2) linear_quantized(Linear a, Quanti
   product.begin();
   clear<kThreads>(zeros, partial, sizes.partial);
   wait_for_previous();
+  Turn at(threadIdx.x, tiles * kTileRows);
+  const auto added_then = [&] { return at.token < count && at.row < rows ? a.added(first + at.token, o0 + at.row) : 0.0f; };
+  float added = added_then();  // there when the sums are
   fill_planes<kThreads>(planes, a.x + int64_t(first) * a.inputs, count, a.inputs, a.norm, squares);
   __syncthreads();
   product.template run<kTokens>(SharedPlanes<Q>(planes, zeros, sizes.plane), partial);
   __syncthreads();
 #pragma unroll 1
-  for (Turn at(threadIdx.x, tiles * kTileRows); at.token < count; at.move(kThreads)) {
+  for (; at.token < count; at.move(kThreads), added = added_then()) {
     const int token = at.token, row = at.row;
     if (row >= rows) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp)
       sum += partial[((row / kTileRows * kWarps + warp) * kTokens + token) * kTileRows + row % kTileRows];
-    a.store(first + token, o0 + row, sum * factor_of<kWarps>(squares, token, a.inputs, a.norm, a.epsilon));
+    a.store(first + token, o0 + row, added + sum * factor_of<kWarps>(squares, token, a.inputs, a.norm, a.epsilon));
   }
 }
 
