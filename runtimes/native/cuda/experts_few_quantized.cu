@@ -118,12 +118,21 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
   const bool writes = threadIdx.x < kTileRows && d0 + threadIdx.x < n.dim;
   const int64_t to = int64_t(token) * n.dim + d0 + threadIdx.x;
   const float added = writes && residual != nullptr ? residual[to] : 0.0f;
+  const auto inner_of_shared = [&](int expert) { return inner + (int64_t(n.tokens) * (n.top_k + expert) + token) * 2 * plane; };
+  const bool mine = lane / 4 % 4 == lane % 4;
+  uint4 x[2][kUnits];  // of this step and of the next
+  const auto read_from = [&](uint4 (&to)[kUnits], const __nv_bfloat16* planes, int step) {
+    const auto* from = reinterpret_cast<const uint4*>(planes + lane / 16 * plane + (step * 4 + lane % 4) * kInSixteen<Q>);
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) to[unit] = mine ? __ldcg(from + unit) : uint4{0, 0, 0, 0};
+  };
+  if (at.tile < n.shared) read_from(x[0], inner_of_shared(at.tile), at.step);
 #pragma unroll 1
   for (int i = threadIdx.x; i < experts; i += kOuterThreads) {
     const bool is_shared = i < n.shared;
     const int pair = token * n.top_k + i - n.shared, expert = is_shared ? i : clamp_expert(chosen[pair], n);
-    const int64_t row = is_shared ? int64_t(n.tokens) * n.top_k + int64_t(i) * n.tokens + token : pair;
-    slots[i] = {RowsFrom(is_shared ? shared : routed, int64_t(expert) * n.dim + d0), inner + row * 2 * plane, is_shared ? 1.0f : weight[pair]};
+    slots[i] = {RowsFrom(is_shared ? shared : routed, int64_t(expert) * n.dim + d0),
+                is_shared ? inner_of_shared(i) : inner + int64_t(pair) * 2 * plane, is_shared ? 1.0f : weight[pair]};
   }
   __syncthreads();
   const auto load = [&](int i, const Cursor& from) {
@@ -135,15 +144,10 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
     if (ahead.tile >= n.shared) load(i, ahead);
     ahead.advance(kOuterWarps, steps);
   }
-  const bool mine = lane / 4 % 4 == lane % 4;
-  uint4 x[2][kUnits];  // of this step and of the next
   const auto read = [&](uint4 (&to)[kUnits], const Cursor& cursor) {
-    if (cursor.tile >= experts) return;
-    const auto* from = reinterpret_cast<const uint4*>(slots[cursor.tile].inner + lane / 16 * plane + (cursor.step * 4 + lane % 4) * kInSixteen<Q>);
-#pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) to[unit] = mine ? __ldcg(from + unit) : uint4{0, 0, 0, 0};
+    if (cursor.tile < experts) read_from(to, slots[cursor.tile].inner, cursor.step);
   };
-  read(x[0], at);
+  if (at.tile >= n.shared) read(x[0], at);
   float total[2] = {};
 #pragma unroll 1
   while (at.tile < experts) {

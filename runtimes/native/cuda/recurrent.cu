@@ -107,21 +107,21 @@ __global__ void __launch_bounds__(kThreads) recurrent_update(mythos_cuda_recurre
   Rows<kPieces, kRanks> down(a.lora_down, 0, a.lora_rank, a.dim), up(a.lora_up, 0, a.lora_rank, a.dim);
   Rows<kPieces, 1> signal(a.loop_signal, 0, a.y != nullptr, a.dim), norm(a.norm, 0, a.y != nullptr, a.dim);
   decay.load(a.decay, a.dim), injection.load(a.injection, a.dim), halt.load(a.halt, a.dim);
-  int held = 0;  // first of the ranks whose rows are held
+  const auto scale_from = [&](int first) { return first + lane / 4 < a.lora_rank ? a.lora_scale[first + lane / 4] : 0.0f; };
+  int held = 0;                 // first of the ranks whose rows are held
+  float scale = scale_from(0);  // of rank lane / 4 of those
   wait_for_previous();
 #pragma unroll 1
   for (int token = blockIdx.x; token < a.batch * a.seq; token += gridDim.x) {
     const int64_t row = int64_t(token) * a.dim;
     next.load(a.x + row, a.dim), h.load(a.h + row, a.dim), e.load(a.e + row, a.dim), result.load(a.result + row, a.dim);
-    const float halted = a.halted_mass[token];
-    const bool running = halted < a.act_threshold && a.loop < a.n_loops[a.n_loops_per_row ? token / a.seq : 0];
     Channels<kPieces> lora = {};
 #pragma unroll 1
     for (int first = 0; first < a.lora_rank; first += kRanks) {
       if (first != held) {
         down = Rows<kPieces, kRanks>(a.lora_down, first, a.lora_rank, a.dim);
         up = Rows<kPieces, kRanks>(a.lora_up, first, a.lora_rank, a.dim);
-        held = first;
+        held = first, scale = scale_from(first);
         __syncthreads();  // partial may still be read
       }
       float sums[kRanks] = {};
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) recurrent_update(mythos_cuda_recurre
       for (int w = 0; w < kWarps; w += 4) low_of_lane += partial[w + lane % 4][lane / 4];
 #pragma unroll
       for (int distance = 2; distance > 0; distance /= 2) low_of_lane += __shfl_xor_sync(0xffffffffu, low_of_lane, distance);
-      low_of_lane *= first + lane / 4 < a.lora_rank ? a.lora_scale[first + lane / 4] : 0.0f;
+      low_of_lane *= scale;
 #pragma unroll
       for (int i = 0; i < kRanks; ++i) {
         const float low = __shfl_sync(0xffffffffu, low_of_lane, 4 * i);
@@ -145,6 +145,9 @@ __global__ void __launch_bounds__(kThreads) recurrent_update(mythos_cuda_recurre
         for (int piece = 0; piece < kPieces; ++piece) lora.at[piece] = fmaf(low, up.at(i, piece), lora.at[piece]);
       }
     }
+    // Asked for together, and before they are needed.
+    const float halted = a.halted_mass[token];
+    const int64_t exit_loop = a.exit_loop[token], n_loops = a.n_loops[a.n_loops_per_row ? token / a.seq : 0];
     float2 sums = {};  // of the logit, and of the squares of what y is the norm of, which e becomes
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
@@ -159,6 +162,7 @@ __global__ void __launch_bounds__(kThreads) recurrent_update(mythos_cuda_recurre
       for (int piece = 0; piece < kPieces; ++piece) e.at[piece] *= factor * norm.at(0, piece);
       e.store(a.y + row, a.dim);
     }
+    const bool running = (halted < a.act_threshold) & (a.loop < n_loops);
     const float probability = __fdividef(1.0f, 1.0f + expf(-(sums.x + a.halt_bias))), mass = halted + probability;
     const float weight = mass >= a.act_threshold ? fmaxf(1.0f - halted, 0.0f) : probability;
     next.store(a.next_h + row, a.dim);
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) recurrent_update(mythos_cuda_recurre
     result.store(a.next_result + row, a.dim);
     if (threadIdx.x == 0) {
       a.next_halted_mass[token] = running ? mass : halted;
-      a.next_exit_loop[token] = a.exit_loop[token] + running;
+      a.next_exit_loop[token] = exit_loop + running;
     }
   }
 }
