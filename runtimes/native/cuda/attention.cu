@@ -63,6 +63,8 @@ cudaError_t launch(const mythos_cuda_attention& a, cudaStream_t stream) {
       return launch<W, __half>(a, stream);
     case MYTHOS_CUDA_BFLOAT16:
       return launch<W, __nv_bfloat16>(a, stream);
+    case MYTHOS_CUDA_INT8:
+      return launch<W, int8_t>(a, stream);
     default:
       return launch<W, float>(a, stream);
   }
@@ -75,7 +77,8 @@ bool is_valid(const mythos_cuda_attention* a) {
   const bool sizes = a->batch >= 0 && a->seq >= 0 && a->n_heads > 0 && a->v_head_dim > 0 && a->capacity >= 0 && a->window >= 0;
   const bool dims = latent ? a->rank > 0 && a->rank <= 512 && a->nope > 0 && a->rope >= 0 && a->rope % 2 == 0
                            : a->n_kv_heads > 0 && a->n_heads % a->n_kv_heads == 0 && a->v_head_dim <= 512 && a->v_head_dim % 2 == 0;
-  return known(a->dtype) && known(a->cache_dtype) && sizes && dims && int64_t(a->batch) * a->seq <= 65535;
+  const bool cache = known(a->cache_dtype) || (a->cache_dtype == MYTHOS_CUDA_INT8 && a->row_scale >= 0.0f);
+  return known(a->dtype) && cache && sizes && dims && int64_t(a->batch) * a->seq <= 65535;
 }
 
 }  // namespace

@@ -19,11 +19,38 @@ struct Shape {
   float scale;
 
   __host__ __device__ int queries() const { return seq * heads; }  // of a sequence and group
+  // Of the rows' scales, which lie as rows of one number do.
+  __device__ __forceinline__ Shape of_scales() const {
+    Shape n = *this;
+    n.width = 1;
+    return n;
+  }
   // Where a head's query of a token is among all queries [B, G, S M].
   __device__ __forceinline__ int64_t query_of(int token, int head) const {
     if (groups == 1 || seq == 1) return int64_t(token) * n_heads + head;
     return ((int64_t(token / seq) * groups + head / heads) * seq + token % seq) * heads + head % heads;
   }
+};
+
+// What a cache's numbers are multiplied as on tensor cores.
+template <typename C>
+using Multiplied = std::conditional_t<std::is_same_v<C, int8_t>, __half, C>;
+
+// All sequences' rows, cached ones [B, C, W] and new ones [T, W]; of int8 ones the scales as well, [B, C] and [T].
+template <typename C>
+struct AllRows {
+  const C *past, *fresh;
+
+  explicit AllRows(const mythos_cuda_attention& a) : past(static_cast<const C*>(a.past)), fresh(static_cast<const C*>(a.new_kv)) {}
+};
+template <>
+struct AllRows<int8_t> {
+  const int8_t *past, *fresh;
+  const float *past_scales, *fresh_scales;
+
+  explicit AllRows(const mythos_cuda_attention& a)
+      : past(static_cast<const int8_t*>(a.past)), fresh(static_cast<const int8_t*>(a.new_kv)), past_scales(a.past_scale),
+        fresh_scales(a.new_scale) {}
 };
 
 // One sequence's rows.
@@ -52,6 +79,21 @@ struct Rows {
   __device__ __forceinline__ int end_seen(int s) const { return cached + s + 1; }
 };
 
+// Scales of one sequence's rows: 1 where they are not int8.
+template <typename C>
+struct Scales {
+  __device__ __forceinline__ Scales(const Shape&, const AllRows<C>&, int64_t, int) {}
+  __device__ __forceinline__ float operator[](int) const { return 1.0f; }
+};
+template <>
+struct Scales<int8_t> {
+  Rows<float> at;
+
+  __device__ __forceinline__ Scales(const Shape& n, const AllRows<int8_t>& all, int64_t past_len, int sequence)
+      : at(n.of_scales(), all.past_scales, all.fresh_scales, past_len, sequence) {}
+  __device__ __forceinline__ float operator[](int row) const { return *at[row]; }
+};
+
 // The rows that part `part` of P has of all that new tokens s to t see, whole `unit`s.
 struct Range {
   int from, to;
@@ -66,7 +108,7 @@ struct Range {
 };
 
 // What a part of the rows gives each query: sums [B G S M, P, Y] of values weighed by 2^(score - largest), and largest and the
-// weights' sum [B G S M, P, 2]. Scores are in units of ln 2.
+// weights' sum [B G S M, P, 2]. Scores are in units of ln 2; any number near the largest does for it.
 struct Partial {
   float *sums, *states;
 };
@@ -85,7 +127,7 @@ __device__ __forceinline__ float2 rotated(float first, float second, float cosin
 }
 
 struct AttentionWorkspace {
-  void* queries;   // [B, G, S M, X], of the cache's dtype, or float32
+  void* queries;   // [B, G, S M, X], as the cache's numbers are multiplied, or float32
   Partial parts;
   void* rounded;   // [T, H, max(N, Y)] of w_uk's dtype, where there are many tokens
 };

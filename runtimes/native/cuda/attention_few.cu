@@ -1,6 +1,6 @@
 // Attention of few queries: the time is that of reading the rows once. Each warp of a block scores sixteen rows of a step, and sums a
 // share of the values' channels over all of them (arXiv 2205.14135).
-#include "attention_flash.cuh"
+#include "attention_int8.cuh"
 #include "launch.cuh"
 
 namespace mythos::cuda {
@@ -11,18 +11,20 @@ constexpr int kStages = 2;
 // A step's rows in shared memory, and what warps tell each other.
 template <typename C, int kWarps>
 struct Block {
+  using Number = Multiplied<C>;
   static constexpr int kRows = kWarps * 16, kWeightPitch = kRows + 8;
-  C *query, *weights, *stages;  // [kQueries, X], [kQueries, kRows], kStages of kRows rows
-  float* numbers;               // [kWarps, kQueries]
+  using Ring = StagesOf<C, kRows, 16, kWarps, kStages>;
+  Number *query, *weights, *stages;  // [kQueries, X], [kQueries, kRows], the ring's
+  float* numbers;                    // [kWarps, kQueries]
 
   __device__ __forceinline__ Block(void* memory, const Pitches& pitch) {
     numbers = static_cast<float*>(memory);
-    query = reinterpret_cast<C*>(numbers + kWarps * kQueries);
+    query = reinterpret_cast<Number*>(numbers + kWarps * kQueries);
     weights = query + kQueries * pitch.key;
     stages = weights + kQueries * kWeightPitch;
   }
   static size_t bytes(const Pitches& pitch) {
-    return kWarps * kQueries * sizeof(float) + (kQueries * (pitch.key + kWeightPitch) + kStages * pitch.stage) * sizeof(C);
+    return kWarps * kQueries * sizeof(float) + kQueries * (pitch.key + kWeightPitch) * sizeof(Number) + Ring::bytes(pitch);
   }
 };
 
@@ -40,10 +42,14 @@ __device__ __forceinline__ void prefetch_rows(const Shape& n, const Rows<C>& row
 // launch reads it from memory, and runs most of it once.
 template <typename C, int kWarps, int kPairs>
 __global__ void __launch_bounds__(kWarps * 32)
-    attend_few_rows(Shape n, const C* queries, const C* all_past, const C* all_fresh, const int64_t* past_len, Partial out) {
+    attend_few_rows(Shape n, const Multiplied<C>* queries, AllRows<C> cache, const int64_t* past_len, Partial out) {
   using Memory = Block<C, kWarps>;
+  using Number = Multiplied<C>;
   constexpr int kRows = Memory::kRows;
-  constexpr const C* kType = nullptr;
+  constexpr const Number* kType = nullptr;
+  // Int8 rows leave their stage before they are read, so that more steps are on their way.
+  constexpr bool kInt8 = std::is_same_v<C, int8_t>;
+  constexpr int kAhead = kInt8 ? kStages : 1;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ uint64_t barriers[kStages];
   const Pitches pitch(n, kRows);
@@ -58,8 +64,9 @@ __global__ void __launch_bounds__(kWarps * 32)
   };
   const int last_query = min(first_query + kQueries, n.queries()) - 1, first_token = token_of(first_query), last_token = token_of(last_query);
   const int64_t all_queries = (int64_t(sequence) * n.groups + group) * n.queries();  // in front of this sequence and group
-  const Stages<C, kRows, 16, kWarps, kStages> stages(at.stages, pitch, barriers);
-  Rows<C> rows(n, all_past, all_fresh);
+  const typename Memory::Ring stages(at.stages, pitch, barriers);
+  Rows<C> rows(n, cache.past, cache.fresh);
+  Scales<C> scales(n, cache, 0, sequence);
   int first_row = 0, end_row = kRows, first[2] = {0, 0}, end[2] = {kRows, kRows};  // of the part; that this thread's two queries see
   const int first_channel = warp * kPairs * 16;
   const float scale = n.scale * kLog2E;
@@ -70,15 +77,25 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
     for (int i = 0; i < kPairs * 8; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.0f;
   };
+  const auto load = [&](int step) {
+    const int from = first_row + step * kRows, to = min(from + kRows, end_row);
+    if (from < end_row) {
+      if constexpr (kInt8) stages.load(n, rows, scales, group, from, to, step);
+      else stages.load(n, rows, group, from, to, step);
+    }
+    commit();
+  };
   let_next_start();
-  prefetch_rows<kStages * kRows>(n, Rows<C>(n, all_past, all_fresh, __ldcg(past_len + sequence), sequence), first_token, last_token, part);
-  // Step -2 computes with what is in memory by chance, and only brings the code near while other kernels run; step -1 loads.
+  const int64_t length = __ldcg(past_len + sequence);
+  prefetch_rows<kStages * kRows>(n, Rows<C>(n, cache.past, cache.fresh, length, sequence), first_token, last_token, part);
+  if constexpr (kInt8) prefetch_rows<kStages * kRows>(n, Scales<C>(n, cache, length, sequence).at, first_token, last_token, part);
+  // The first step computes with what is in memory by chance, and only brings the code near while other kernels run; those up to -1 load.
 #pragma unroll 1
-  for (int step = -2;; ++step) {
-    if (step == -2 || step == -1) begin();
-    if (step == -1) {
+  for (int step = -1 - kAhead;; ++step) {
+    if (step == -1 - kAhead || step == -kAhead) begin();
+    if (step == -kAhead) {
       wait_for_previous();
-      rows = Rows<C>(n, all_past, all_fresh, past_len[sequence], sequence);
+      rows = Rows<C>(n, cache.past, cache.fresh, past_len[sequence], sequence), scales = Scales<C>(n, cache, past_len[sequence], sequence);
       const Range range(n, rows, first_token, last_token, part, 16);
       copy_queries(n, queries + all_queries * n.key_dim, first_query, kQueries, pitch.key, at.query, kWarps * 32);
       first_row = range.from, end_row = range.to;
@@ -88,21 +105,33 @@ __global__ void __launch_bounds__(kWarps * 32)
         first[half] = rows.first_seen(n, s), end[half] = min(rows.end_seen(s), end_row);
       }
     }
-    const int from = first_row + max(step, 0) * kRows, load = first_row + (step + 1) * kRows;
-    if (step >= -1) {
-      if (load < end_row) stages.load(n, rows, group, load, min(load + kRows, end_row), step + 1);
-      commit();
+    const int from = first_row + max(step, 0) * kRows;
+    if constexpr (kInt8) {
+      if (step >= 0) {
+        if (from >= end_row) break;
+        stages.wait(step);
+      }
+      if (step >= 0 || step < -kAhead) stages.widen(n, max(step, 0), end_row - from, scale);
+    }
+    if (step >= -kAhead) {
+      load(step + kAhead);
       if (step < 0) continue;
-      if (from >= end_row) break;
-      stages.wait(step);
+      if constexpr (!kInt8) {
+        if (from >= end_row) break;
+        stages.wait(step);
+      }
     }
     __syncthreads();
     const int own = from + warp * 16;
-    const C *keys = stages.at(max(step, 0)), *values = pitch.inside ? keys : keys + kRows * pitch.key;
+    const Number *keys = stages.at(max(step, 0)), *values = pitch.inside ? keys : keys + kRows * pitch.key;
+    const auto weigh = [&] {
+      if constexpr (kInt8) return stages.weighing(warp * 16);
+      else return Alike{scale};
+    }();
     float score[2][4] = {}, other[2][4] = {};  // of every second sixteen channels each: sums do not wait for one another
     if (own < end_row) {
-      const C* a_row = at.query + lane % 16 * pitch.key + lane / 16 * 8;
-      const C* b_row = keys + (warp * 16 + lane % 8 + lane / 16 * 8) * pitch.key + lane / 8 % 2 * 8;
+      const Number* a_row = at.query + lane % 16 * pitch.key + lane / 16 * 8;
+      const Number* b_row = keys + (warp * 16 + lane % 8 + lane / 16 * 8) * pitch.key + lane / 8 % 2 * 8;
       const auto add = [&](float (&to)[2][4], int k) {
         uint32_t a[4], b[4];
         load_matrices(a, shared_address(a_row + k));
@@ -116,12 +145,13 @@ __global__ void __launch_bounds__(kWarps * 32)
       if (k < n.key_dim) add(score, k);
     }
     float most[2] = {-FLT_MAX, -FLT_MAX};
+    const auto row_of = [&](int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; };  // of this warp's
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int row = own + i / 4 * 8 + lane % 4 * 2 + i % 2, half = i % 4 / 2;
+      const int row = own + row_of(i), half = i % 4 / 2;
       float& value = score[i / 4][i % 4];
       value += other[i / 4][i % 4];
-      value = row >= first[half] && row < end[half] ? value * scale : -FLT_MAX;
+      value = row >= first[half] && row < end[half] ? weigh(value, row_of(i)) : -FLT_MAX;
       most[half] = fmaxf(most[half], value);
     }
 #pragma unroll
@@ -149,17 +179,18 @@ __global__ void __launch_bounds__(kWarps * 32)
       float weight[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float value = score[i / 4][i % 4 + j];
-        weight[j] = value > -FLT_MAX ? power_of_two(value - most[half]) : 0.0f;
-        total[half] += weight[j];
+        const float value = score[i / 4][i % 4 + j], exponent = value - most[half];
+        const bool seen = value != -FLT_MAX;
+        weight[j] = seen ? power_of_two(exponent) : 0.0f;
+        total[half] += weigh.share(weight[j], exponent, row_of(i + j), seen);
       }
       *reinterpret_cast<uint32_t*>(at.weights + (lane / 4 + half * 8) * Memory::kWeightPitch + warp * 16 + i / 4 * 8 + lane % 4 * 2) =
           packed(weight[0], weight[1], kType);
     }
     __syncthreads();
     if (first_channel < n.value_dim) {
-      const C* a_row = at.weights + lane % 16 * Memory::kWeightPitch + lane / 16 * 8;
-      const C* b_row = values + lane % 16 * pitch.value + first_channel + lane / 16 * 8;
+      const Number* a_row = at.weights + lane % 16 * Memory::kWeightPitch + lane / 16 * 8;
+      const Number* b_row = values + lane % 16 * pitch.value + first_channel + lane / 16 * 8;
 #pragma unroll 1
       for (int k = 0; k < min(kRows, end_row - from); k += 16) {
         uint32_t a[4];
@@ -206,8 +237,8 @@ cudaError_t launch(const mythos_cuda_attention& a, const Shape& n, const Attenti
   if constexpr (kWarps > 2)
     if (bytes > size_t(most_shared)) return launch<C, kWarps / 2, kPairs * 2>(a, n, w, most_shared, stream);
   const dim3 blocks(n.parts, ceil_div(n.queries(), kQueries) * n.groups, n.batch);
-  return launch_kernel(attend_few_rows<C, kWarps, kPairs>, blocks, kWarps * 32, bytes, stream, n, static_cast<const C*>(w.queries),
-                       static_cast<const C*>(a.past), static_cast<const C*>(a.new_kv), a.past_len, w.parts);
+  return launch_kernel(attend_few_rows<C, kWarps, kPairs>, blocks, kWarps * 32, bytes, stream, n,
+                       static_cast<const Multiplied<C>*>(w.queries), AllRows<C>(a), a.past_len, w.parts);
 }
 
 }  // namespace
@@ -224,5 +255,6 @@ cudaError_t attend_few(const mythos_cuda_attention& a, const Shape& n, const Att
 
 template cudaError_t attend_few<__half>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
 template cudaError_t attend_few<__nv_bfloat16>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
+template cudaError_t attend_few<int8_t>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
 
 }  // namespace mythos::cuda

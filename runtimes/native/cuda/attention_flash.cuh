@@ -18,16 +18,26 @@ __device__ __forceinline__ uint32_t packed(float low, float high, const __nv_bfl
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Row pitches in shared memory, of which ldmatrix reads eight rows without conflicts.
+// Row pitches in shared memory, with gaps so that ldmatrix reads eight rows without conflicts.
 struct Pitches {
+  static constexpr int kGap = 8;
   int key, value, stage;  // numbers; stage: of kKeys rows
   bool inside;            // the values are the keys' first channels
 
   __host__ __device__ Pitches(const Shape& n, int keys)
-      : key(n.key_dim + 8), inside(n.values_at == n.keys_at) {
-    value = inside ? key : n.value_dim + 8;
+      : key(n.key_dim + kGap), inside(n.values_at == n.keys_at) {
+    value = inside ? key : n.value_dim + kGap;
     stage = keys * (key + (inside ? 0 : value));
   }
+};
+
+// How scores become weights: all rows alike, into units of ln 2.
+struct Alike {
+  float scale;
+
+  __device__ __forceinline__ float operator()(float score, int) const { return score * scale; }
+  // What a row adds to the weights' sum; its values' weight is 2^exponent, or 0 where it is not seen.
+  __device__ __forceinline__ float share(float weight, float, int, bool) const { return weight; }
 };
 
 // kPieces: pieces of eight channels of the values; kKeys: keys of a step. A thread holds numbers of queries lane / 4 and lane / 4 + 8.
@@ -37,9 +47,10 @@ struct Flash {
   float largest[2] = {-FLT_MAX, -FLT_MAX}, total[2] = {0.0f, 0.0f};  // total: of this thread's keys alone
 
   // query: [kQueries, X], keys: [kKeys, X], values: [kKeys, Y] from this warp's first channel on. first, end: the keys of this step
-  // that each of the two queries sees. scale: of the scores, into units of ln 2.
+  // that each of the two queries sees. weigh: Alike, or ByRow of attention_int8.cuh.
+  template <typename Weigh>
   __device__ __forceinline__ void step(const C* query, const C* keys, const C* values, const Pitches& pitch, int key_dim, int pieces,
-                                       float scale, const int (&first)[2], const int (&end)[2]) {
+                                       const Weigh& weigh, const int (&first)[2], const int (&end)[2]) {
     const int lane = threadIdx.x % 32;
     float score[kKeys / 8][4] = {};
     const C* a_row = query + lane % 16 * pitch.key + lane / 16 * 8;
@@ -56,8 +67,9 @@ struct Flash {
         multiply(score[key / 8 + 1], a, b[2], b[3], static_cast<const C*>(nullptr));
       }
     }
+    const auto key_of = [&](int piece, int i) { return piece * 8 + lane % 4 * 2 + i % 2; };
     const auto seen = [&](int piece, int i) {
-      const int key = piece * 8 + lane % 4 * 2 + i % 2;
+      const int key = key_of(piece, i);
       return key >= first[i / 2] && key < end[i / 2];
     };
     float most[2] = {largest[0], largest[1]};
@@ -65,7 +77,7 @@ struct Flash {
     for (int piece = 0; piece < kKeys / 8; ++piece)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        score[piece][i] = seen(piece, i) ? score[piece][i] * scale : -FLT_MAX;
+        score[piece][i] = seen(piece, i) ? weigh(score[piece][i], key_of(piece, i)) : -FLT_MAX;
         most[i / 2] = fmaxf(most[i / 2], score[piece][i]);
       }
 #pragma unroll
@@ -85,8 +97,9 @@ struct Flash {
     for (int piece = 0; piece < kKeys / 8; ++piece)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        score[piece][i] = seen(piece, i) ? power_of_two(score[piece][i] - most[i / 2]) : 0.0f;
-        total[i / 2] += score[piece][i];
+        const float exponent = score[piece][i] - most[i / 2];
+        score[piece][i] = seen(piece, i) ? power_of_two(exponent) : 0.0f;
+        total[i / 2] += weigh.share(score[piece][i], exponent, key_of(piece, i), seen(piece, i));
       }
 #pragma unroll
     for (int key = 0; key < kKeys; key += 16) {
@@ -139,16 +152,20 @@ __device__ __forceinline__ void copy_queries(const Shape& n, const C* queries, i
   }
 }
 
-// A ring of kStages stages of kRows rows, read kUnit at a time, filled while earlier ones are read: by bulk copies, a lane a row (compute capability 9.0 and
-// later), else by a warp a row.
+// A ring of kStages stages of kRows rows, read kUnit at a time, filled while earlier ones are read: by bulk copies, a lane a row
+// (compute capability 9.0 and later), else by a warp a row.
 template <typename C, int kRows, int kUnit, int kWarps, int kStages>
 class Stages {
  public:
   static constexpr int kRowsOfWarp = kRows / kWarps;
   static_assert(kRows % kWarps == 0 && kRowsOfWarp <= 32, "a lane a row");
+  static constexpr int kInCopy = 16 / sizeof(C);  // numbers
+
+  static size_t bytes(const Pitches& pitch) { return kStages * pitch.stage * sizeof(C); }
 
   // barriers: kStages of them, in shared memory. To be followed by a __syncthreads() of the block before the first wait.
-  __device__ __forceinline__ Stages(C* memory, const Pitches& pitch, uint64_t* barriers) : memory_(memory), pitch_(pitch), barriers_(shared_address(barriers)) {
+  __device__ __forceinline__ Stages(void* memory, const Pitches& pitch, uint64_t* barriers)
+      : memory_(static_cast<C*>(memory)), pitch_(pitch), barriers_(shared_address(barriers)) {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
 #pragma unroll
@@ -160,8 +177,8 @@ class Stages {
   }
   __device__ __forceinline__ C* at(int step) const { return memory_ + step % kStages * pitch_.stage; }
 
-  // Begins to copy rows [from, to), kRows at most; what is behind them in their last unit becomes zero. A stage's rows must have
-  // been read by all.
+  // Begins to copy rows [from, to), kRows at most; what is behind them in their last unit becomes zero, unless it is int8: that is
+  // always a number. A stage's rows must have been read by all.
   __device__ __forceinline__ void load(const Shape& n, const Rows<C>& rows, int group, int from, int to, int step) const {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kRowsOfWarp;
     C* stage = at(step);
@@ -180,24 +197,26 @@ class Stages {
       if (value_bytes > 0) copy_bulk(shared_address(stage + kRows * pitch_.key + row * pitch_.value), source + n.values_at, value_bytes, barrier);
     }
     // Read with weights of zero, which are no cure for what is no number.
+    if constexpr (!std::is_same_v<C, int8_t>) {
 #pragma unroll 1
-    for (int empty = max(first, to - from); empty < min(first + kRowsOfWarp, (to - from + kUnit - 1) / kUnit * kUnit); ++empty) {
+      for (int empty = max(first, to - from); empty < min(first + kRowsOfWarp, (to - from + kUnit - 1) / kUnit * kUnit); ++empty) {
 #pragma unroll 1
-      for (int i = lane; i < n.key_dim; i += 32) stage[empty * pitch_.key + i] = C(0.0f);
+        for (int i = lane; i < n.key_dim; i += 32) stage[empty * pitch_.key + i] = C(0.0f);
 #pragma unroll 1
-      for (int i = lane; !pitch_.inside && i < n.value_dim; i += 32) stage[kRows * pitch_.key + empty * pitch_.value + i] = C(0.0f);
+        for (int i = lane; !pitch_.inside && i < n.value_dim; i += 32) stage[kRows * pitch_.key + empty * pitch_.value + i] = C(0.0f);
+      }
     }
 #else
-    const int key_pieces = n.key_dim / kPiece, value_pieces = pitch_.inside ? 0 : n.value_dim / kPiece;
+    const int key_pieces = n.key_dim / kInCopy, value_pieces = pitch_.inside ? 0 : n.value_dim / kInCopy;
 #pragma unroll 1
     for (int row = first; row < first + kRowsOfWarp; ++row) {
       const bool valid = from + row < to;
       const C* source = rows[valid ? from + row : to - 1] + group * n.step;
       const uint32_t key = shared_address(stage + row * pitch_.key), value = shared_address(stage + kRows * pitch_.key + row * pitch_.value);
 #pragma unroll 1
-      for (int piece = lane; piece < key_pieces; piece += 32) copy_piece(key + piece * 16, source + n.keys_at + piece * kPiece, valid);
+      for (int piece = lane; piece < key_pieces; piece += 32) copy_piece(key + piece * 16, source + n.keys_at + piece * kInCopy, valid);
 #pragma unroll 1
-      for (int piece = lane; piece < value_pieces; piece += 32) copy_piece(value + piece * 16, source + n.values_at + piece * kPiece, valid);
+      for (int piece = lane; piece < value_pieces; piece += 32) copy_piece(value + piece * 16, source + n.values_at + piece * kInCopy, valid);
     }
 #endif
   }

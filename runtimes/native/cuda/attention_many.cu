@@ -1,5 +1,5 @@
 // Attention of many queries, of several tokens: a block's queries share the rows that it reads.
-#include "attention_flash.cuh"
+#include "attention_int8.cuh"
 #include "launch.cuh"
 
 namespace mythos::cuda {
@@ -9,11 +9,16 @@ constexpr int kRows = 64;  // of a stage
 constexpr int kKeys = 32;  // of a step
 constexpr int kStages = 2;
 
+template <typename C, int kWarps>
+using Ring = StagesOf<C, kRows, kKeys, kWarps, kStages>;
+
 // Blocks: (P, kWarps / kSharers sixteens of a group's queries, B G); the last queries, which see most, come first. kSharers warps
 // have the same queries, and share the channels of the values out among themselves.
 template <typename C, int kPieces, int kSharers, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32)
-    attend_many_rows(Shape n, const C* queries, const C* all_past, const C* all_fresh, const int64_t* past_len, Partial out) {
+    attend_many_rows(Shape n, const Multiplied<C>* queries, AllRows<C> cache, const int64_t* past_len, Partial out) {
+  using Number = Multiplied<C>;
+  constexpr bool kInt8 = std::is_same_v<C, int8_t>;
   constexpr int kThreads = kWarps * 32, kBlockQueries = kQueries * kWarps / kSharers;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ uint64_t barriers[kStages];
@@ -23,10 +28,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int last_query = min(block_query + kBlockQueries, n.queries()) - 1, sharer = warp % kSharers;
   const int first_query = block_query + warp / kSharers * kQueries;  // of this warp
   const int64_t all_queries = (int64_t(sequence) * n.groups + group) * n.queries();  // in front of this sequence and group
-  C* query = reinterpret_cast<C*>(memory);                           // [kBlockQueries, X]
-  const Stages<C, kRows, kKeys, kWarps, kStages> stages(query + kBlockQueries * pitch.key, pitch, barriers);
+  Number* query = reinterpret_cast<Number*>(memory);                 // [kBlockQueries, X]
+  const Ring<C, kWarps> stages(query + kBlockQueries * pitch.key, pitch, barriers);
   wait_for_previous();
-  const Rows<C> rows(n, all_past, all_fresh, past_len[sequence], sequence);
+  const Rows<C> rows(n, cache.past, cache.fresh, past_len[sequence], sequence);
+  const Scales<C> scales(n, cache, past_len[sequence], sequence);
   const Range range(n, rows, block_query / n.heads, last_query / n.heads, part, kRows);
   copy_queries(n, queries + all_queries * n.key_dim, block_query, kBlockQueries, pitch.key, query, kThreads);
   int first[2], end[2];
@@ -39,22 +45,30 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int warp_end = min(rows.end_seen(min(first_query + kQueries - 1, last_query) / n.heads), range.to);
   const int pieces = n.value_dim / kPiece / kSharers, first_channel = sharer * pieces * kPiece;
   const float scale = n.scale * kLog2E;
-  const C* own_query = query + warp / kSharers * kQueries * pitch.key;
-  Flash<C, kPieces, kKeys> flash;
+  const Number* own_query = query + warp / kSharers * kQueries * pitch.key;
+  Flash<Number, kPieces, kKeys> flash;
 #pragma unroll 1
   for (int load = range.from, step = -1; load < range.to + kRows; load += kRows, ++step) {
-    if (load < range.to) stages.load(n, rows, group, load, min(load + kRows, range.to), step + 1);
+    if (load < range.to) {
+      if constexpr (kInt8) stages.load(n, rows, scales, group, load, min(load + kRows, range.to), step + 1);
+      else stages.load(n, rows, group, load, min(load + kRows, range.to), step + 1);
+    }
     commit();
     if (step < 0) continue;
     stages.wait(step);
-    __syncthreads();
     const int from = load - kRows;
-    const C *keys = stages.at(step), *values = (pitch.inside ? keys : keys + kRows * pitch.key) + first_channel;
+    if constexpr (kInt8) stages.widen(n, step, range.to - from, scale);
+    __syncthreads();
+    const Number *keys = stages.at(step), *values = (pitch.inside ? keys : keys + kRows * pitch.key) + first_channel;
 #pragma unroll 1
     for (int key = 0; key < kRows; key += kKeys) {
       if (from + key >= warp_end || from + key + kKeys <= warp_first) continue;  // none of these queries sees any
       const int at = from + key, seen_first[2] = {first[0] - at, first[1] - at}, seen_end[2] = {end[0] - at, end[1] - at};
-      flash.step(own_query, keys + key * pitch.key, values + key * pitch.value, pitch, n.key_dim, pieces, scale, seen_first, seen_end);
+      const auto weigh = [&] {
+        if constexpr (kInt8) return stages.weighing(key);
+        else return Alike{scale};
+      }();
+      flash.step(own_query, keys + key * pitch.key, values + key * pitch.value, pitch, n.key_dim, pieces, weigh, seen_first, seen_end);
     }
     __syncthreads();
   }
@@ -77,12 +91,12 @@ template <typename C, int kPieces, int kSharers, int kWarps>
 cudaError_t launch(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, int most_shared, cudaStream_t stream) {
   constexpr int kBlockQueries = kQueries * kWarps / kSharers;
   const Pitches pitch(n, kRows);
-  const size_t bytes = (kBlockQueries * pitch.key + kStages * pitch.stage) * sizeof(C);
+  const size_t bytes = kBlockQueries * pitch.key * sizeof(Multiplied<C>) + Ring<C, kWarps>::bytes(pitch);
   if constexpr (kWarps > 2)
     if (bytes > size_t(most_shared)) return launch<C, kPieces, kSharers, kWarps / 2>(a, n, w, most_shared, stream);
   const dim3 blocks(n.parts, ceil_div(n.queries(), kBlockQueries), n.batch * n.groups);
   return launch_kernel(attend_many_rows<C, kPieces, kSharers, kWarps>, blocks, kWarps * 32, bytes, stream, n,
-                       static_cast<const C*>(w.queries), static_cast<const C*>(a.past), static_cast<const C*>(a.new_kv), a.past_len, w.parts);
+                       static_cast<const Multiplied<C>*>(w.queries), AllRows<C>(a), a.past_len, w.parts);
 }
 
 }  // namespace
@@ -100,5 +114,6 @@ cudaError_t attend_many(const mythos_cuda_attention& a, const Shape& n, const At
 
 template cudaError_t attend_many<__half>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
 template cudaError_t attend_many<__nv_bfloat16>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
+template cudaError_t attend_many<int8_t>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
 
 }  // namespace mythos::cuda

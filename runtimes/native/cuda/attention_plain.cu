@@ -11,7 +11,7 @@ constexpr int kMostChannels = 16;  // of the values that a lane sums: Y is at mo
 // Blocks: (P, T, H).
 template <typename C>
 __global__ void __launch_bounds__(kThreads)
-    attend_one(Shape n, const float* queries, const C* all_past, const C* all_fresh, const int64_t* past_len, Partial out) {
+    attend_one(Shape n, const float* queries, AllRows<C> cache, const int64_t* past_len, Partial out) {
   extern __shared__ __align__(16) unsigned char memory[];
   float* query = reinterpret_cast<float*>(memory);  // [X]
   float* sums = query + n.key_dim;                  // [kWarps, Y]
@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous();
   const int head = blockIdx.z, group = head / n.heads, token = blockIdx.y, part = blockIdx.x, s = token % n.seq;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Rows<C> rows(n, all_past, all_fresh, past_len[token / n.seq], token / n.seq);
+  const Rows<C> rows(n, cache.past, cache.fresh, past_len[token / n.seq], token / n.seq);
+  const Scales<C> scales(n, cache, past_len[token / n.seq], token / n.seq);
   const Range range(n, rows, s, s, part, 1);
   for (int i = threadIdx.x; i < n.key_dim; i += kThreads)
     query[i] = queries[n.query_of(token, head) * n.key_dim + i] * n.scale * kLog2E;
@@ -27,13 +28,14 @@ __global__ void __launch_bounds__(kThreads)
   float sum[kMostChannels] = {}, largest = -FLT_MAX, total = 0.0f;
   for (int row = range.from + warp; row < range.to; row += kWarps) {
     const C *keys = rows[row] + n.keys_at + group * n.step, *values = rows[row] + n.values_at + group * n.step;
+    const float scale = scales[row];
     float score = 0.0f;
     for (int i = lane; i < n.key_dim; i += 32) score = fmaf(to_float(keys[i]), query[i], score);
-    score = sum_of_warp(score);
+    score = sum_of_warp(score) * scale;
     const float next = fmaxf(largest, score), factor = exp2f(largest - next), weight = exp2f(score - next);
 #pragma unroll
     for (int i = 0; i < kMostChannels; ++i)
-      if (lane + 32 * i < n.value_dim) sum[i] = fmaf(sum[i], factor, weight * to_float(values[lane + 32 * i]));
+      if (lane + 32 * i < n.value_dim) sum[i] = fmaf(sum[i], factor, weight * scale * to_float(values[lane + 32 * i]));
     total = total * factor + weight;
     largest = next;
   }
@@ -60,12 +62,13 @@ template <typename C>
 cudaError_t attend_plainly(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, cudaStream_t stream) {
   const size_t bytes = (n.key_dim + kWarps * n.value_dim) * sizeof(float);
   const dim3 blocks(n.parts, a.batch * a.seq, n.n_heads);
-  return launch_kernel(attend_one<C>, blocks, kThreads, bytes, stream, n, static_cast<const float*>(w.queries), static_cast<const C*>(a.past),
-                       static_cast<const C*>(a.new_kv), a.past_len, w.parts);
+  return launch_kernel(attend_one<C>, blocks, kThreads, bytes, stream, n, static_cast<const float*>(w.queries), AllRows<C>(a),
+                       a.past_len, w.parts);
 }
 
 template cudaError_t attend_plainly<float>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
 template cudaError_t attend_plainly<__half>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
 template cudaError_t attend_plainly<__nv_bfloat16>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
+template cudaError_t attend_plainly<int8_t>(const mythos_cuda_attention&, const Shape&, const AttentionWorkspace&, cudaStream_t);
 
 }  // namespace mythos::cuda

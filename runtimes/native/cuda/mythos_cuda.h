@@ -15,7 +15,7 @@ extern "C" {
 #define MYTHOS_CUDA_FLOAT32 0
 #define MYTHOS_CUDA_FLOAT16 1
 #define MYTHOS_CUDA_BFLOAT16 2
-// Weights alone, as bundles store them: rows with a scale for every `block` of neighbours (32, 64 or 128; the last of a row may have
+// Weights, as bundles store them (int8: caches too, see there): rows with a scale for every `block` of neighbours (32, 64 or 128; the last of a row may have
 // fewer). Int4 weights lie two a byte, the first in the low half, in two's complement. Float8 is e4m3fn (arXiv 2209.05433).
 #define MYTHOS_CUDA_INT8 3
 #define MYTHOS_CUDA_INT4 4
@@ -124,11 +124,11 @@ int32_t mythos_cuda_recurrent_update_launch(const mythos_cuda_recurrent_update* 
 // Attention over a cache and the new tokens, which it adds to it as rows of new_kv: latent (arXiv 2405.04434) where n_kv_heads is 0,
 // else grouped-query (arXiv 2305.13245). More shape letters: B batch, S new tokens of a sequence (T = B S), H n_heads,
 // N qk_nope_head_dim, Q qk_rope_head_dim, R kv_lora_rank, V v_head_dim, G n_kv_heads, C capacity, W width of the cache: R + Q, or
-// 2 G V. The row of position p stands at p mod C.
+// 2 G V. The row of position p stands at p mod C. An int8 row has one scale: it stands for its numbers times that.
 typedef struct mythos_cuda_attention {
   uint32_t size;             // of this struct in bytes
   int32_t dtype;             // of w_uk and w_uv
-  int32_t cache_dtype;       // of past and new_kv: MYTHOS_CUDA_FLOAT32, MYTHOS_CUDA_FLOAT16 or MYTHOS_CUDA_BFLOAT16
+  int32_t cache_dtype;       // of past and new_kv: MYTHOS_CUDA_FLOAT32, MYTHOS_CUDA_FLOAT16, MYTHOS_CUDA_BFLOAT16 or MYTHOS_CUDA_INT8
   int32_t batch, seq, n_heads, n_kv_heads, nope, rope, rank, v_head_dim, capacity;  // B, S, H, G, N, Q, R, V, C
   int32_t window;            // positions a token sees, itself included; 0 for all
   float scale, epsilon;      // of the scores; of the latent's norm
@@ -143,6 +143,9 @@ typedef struct mythos_cuda_attention {
   void* new_kv;              // [T, W], out
   void* workspace;           // aligned to 256 bytes
   uint64_t workspace_bytes;  // at least mythos_cuda_attention_workspace of this struct
+  const float* past_scale;   // [B, C]; int8 only, as what follows is
+  float* new_scale;          // [T], out
+  float row_scale;           // of every new row, larger numbers cut off at 127; 0: each its own, its largest magnitude / 127
 } mythos_cuda_attention;
 
 uint64_t mythos_cuda_attention_workspace(const mythos_cuda_attention* attention);

@@ -26,8 +26,12 @@ inline int32_t DtypeOf(const Matrix& w) {
 inline int32_t ScaleDtypeOf(const Matrix& w) { return w.half_scales ? MYTHOS_CUDA_FLOAT16 : MYTHOS_CUDA_FLOAT32; }
 
 inline int32_t DtypeOf(CacheType type) {
-  Require(type != CacheType::kInt8, "the CUDA kernels have no int8 cache");
-  return type == CacheType::kFloat32 ? MYTHOS_CUDA_FLOAT32 : type == CacheType::kFloat16 ? MYTHOS_CUDA_FLOAT16 : MYTHOS_CUDA_BFLOAT16;
+  switch (type) {
+    case CacheType::kFloat32: return MYTHOS_CUDA_FLOAT32;
+    case CacheType::kFloat16: return MYTHOS_CUDA_FLOAT16;
+    case CacheType::kInt8: return MYTHOS_CUDA_INT8;
+    default: return MYTHOS_CUDA_BFLOAT16;
+  }
 }
 
 inline void Check(int32_t error, const char* what) {
@@ -89,7 +93,7 @@ class Gpu {
   static constexpr const char* kProvider = "CUDAExecutionProvider";
   static constexpr bool kReadsLengths = false, kQuantizedAttention = false;
   static std::vector<Type> Floats() { return {kFloat, kHalf, kBFloat16}; }
-  static std::vector<Type> Caches() { return {kFloat, kHalf, kBFloat16}; }
+  static std::vector<Type> Caches() { return {kFloat, kHalf, kBFloat16, kInt8}; }
 
   explicit Gpu(const OrtKernelInfo* info) { Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_)); }
   Gpu(const Gpu&) = delete;
@@ -229,6 +233,7 @@ class Gpu {
     call.cache_dtype = DtypeOf(a.past.type), call.batch = Int(a.batch), call.seq = Int(a.seq), call.n_heads = Int(a.n_heads);
     call.capacity = Int(a.capacity), call.scale = a.scale, call.cos = a.cos, call.sin = a.sin;
     call.past = a.past.data, call.past_len = a.past_len, call.y = a.y, call.new_kv = a.new_kv.data;
+    call.past_scale = a.past.scales, call.new_scale = a.new_kv.scales, call.row_scale = a.new_kv.row_scale;
     return call;
   }
 

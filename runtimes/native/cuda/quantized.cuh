@@ -112,14 +112,20 @@ __device__ __forceinline__ uint4 to_scaled_half(Int4, const uint32_t* words, __h
           __byte_perm(pairs[2], pairs[3], 0x7632)};
 }
 
-__device__ __forceinline__ uint4 to_scaled_half(Int8, const uint32_t* words, __half2 scale) {
-  uint32_t pairs[4];
+// The same of int8 without a scale, exactly.
+__device__ __forceinline__ void to_half(const uint32_t* words, __half2 (&pairs)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t biased = __byte_perm(words[i / 2] ^ 0x80808080, 0x64646464, i % 2 ? 0x4342 : 0x4140);  // 1024 + 128 + the number
-    pairs[i] = bits_of(__hmul2(__hsub2(bits_as<__half2>(biased), bits_as<__half2>(0x64806480)), scale));
+    pairs[i] = __hsub2(bits_as<__half2>(biased), bits_as<__half2>(0x64806480));
   }
-  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+__device__ __forceinline__ uint4 to_scaled_half(Int8, const uint32_t* words, __half2 scale) {
+  __half2 pairs[4];
+  to_half(words, pairs);
+  return {bits_of(__hmul2(pairs[0], scale)), bits_of(__hmul2(pairs[1], scale)), bits_of(__hmul2(pairs[2], scale)),
+          bits_of(__hmul2(pairs[3], scale))};
 }
 
 __device__ __forceinline__ uint4 to_scaled_half(Float8, const uint32_t* words, __half2 scale) {

@@ -20,14 +20,16 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const void* from, bool v
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
 }
+// 4 bytes likewise.
+__device__ __forceinline__ void copy_word(uint32_t to, const void* from, bool valid) {
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
 // The same of a piece of 16-bit numbers that is aligned to pairs alone: `pairs` of them, zeros behind.
 __device__ __forceinline__ void copy_pairs(uint32_t to, const void* from, int pairs) {
 #pragma unroll
-  for (int pair = 0; pair < kPiece / 2; ++pair) {
-    const int bytes = pair < pairs ? 4 : 0;
-    const char* at = static_cast<const char*>(from) + (pair < pairs ? 4 * pair : 0);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + 4 * pair), "l"(at), "r"(bytes));
-  }
+  for (int pair = 0; pair < kPiece / 2; ++pair)
+    copy_word(to + 4 * pair, static_cast<const char*>(from) + (pair < pairs ? 4 * pair : 0), pair < pairs);
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int kLeft>
