@@ -1,5 +1,5 @@
 // Before attention: queries as they are compared with rows, and the new rows. More letters: N qk_nope_head_dim, R kv_lora_rank.
-#include "attention.cuh"
+#include "attention_flash.cuh"
 #include "attention_heads.cuh"
 #include "launch.cuh"
 
@@ -45,27 +45,37 @@ struct Rounding<int8_t> {
   }
 };
 
-// A latent row: normalized, and turned by its position.
+// A latent row: normalized, and turned by its position. Waits for the kernels before; what it reads is asked for together.
 template <typename C>
 __device__ __forceinline__ void make_row(const mythos_cuda_attention& a, int token, float* scratch) {
   const int half = a.rope / 2, width = a.rank + a.rope;
   const float *kv = a.kv + int64_t(token) * width, *cosines = a.cos + int64_t(token) * half, *sines = a.sin + int64_t(token) * half;
   C* row = static_cast<C*>(a.new_kv) + int64_t(token) * width;
   constexpr int kPieces = 512 / kThreads;  // R is at most 512
-  float values[kPieces], squares = 0.0f;
+  float values[kPieces], norm[kPieces], squares = 0.0f;
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
+    const int i = threadIdx.x + piece * kThreads;
+    norm[piece] = i < a.rank ? a.kv_norm[i] : 0.0f;
+  }
+  wait_for_previous();
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
     const int i = threadIdx.x + piece * kThreads;
     values[piece] = i < a.rank ? kv[i] : 0.0f;
-    squares = fmaf(values[piece], values[piece], squares);
   }
+  const auto turn = [&](int i) { return rotated(kv[a.rank + i], kv[a.rank + half + i], cosines[i], sines[i]); };
+  const int own = threadIdx.x;
+  const float2 first = own < half ? turn(own) : float2{};
+  const auto turned = [&](int i) { return i == own ? first : turn(i); };
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) squares = fmaf(values[piece], values[piece], squares);
   const float factor = inverse_rms(sum_of_block<kWarps>(squares, scratch), a.rank, a.epsilon);
-  const auto turned = [&](int i) { return rotated(kv[a.rank + i], kv[a.rank + half + i], cosines[i], sines[i]); };
   const auto write = [&](const Rounding<C>& rounded) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       const int i = threadIdx.x + piece * kThreads;
-      if (i < a.rank) row[i] = rounded(values[piece] * factor * a.kv_norm[i]);
+      if (i < a.rank) row[i] = rounded(values[piece] * factor * norm[piece]);
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < half; i += kThreads) {
@@ -78,7 +88,7 @@ __device__ __forceinline__ void make_row(const mythos_cuda_attention& a, int tok
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       const int i = threadIdx.x + piece * kThreads;
-      if (i < a.rank) largest = Rounding<C>::larger_of(largest, values[piece] * factor * a.kv_norm[i]);
+      if (i < a.rank) largest = Rounding<C>::larger_of(largest, values[piece] * factor * norm[piece]);
     }
 #pragma unroll 1
     for (int i = threadIdx.x; i < half; i += kThreads) {
@@ -91,22 +101,24 @@ __device__ __forceinline__ void make_row(const mythos_cuda_attention& a, int tok
   }
 }
 
-// The part of a head's query that its position turns.
+// The parts of some heads' queries that a token's position turns.
 template <typename Query>
-__device__ __forceinline__ void turn_query(const mythos_cuda_attention& a, int token, int head, Query* queries) {
-  const int half = a.rope / 2, row = token * a.n_heads + head;
-  const float* q = a.q + int64_t(row) * (a.nope + a.rope) + a.nope;
+__device__ __forceinline__ void turn_queries(const mythos_cuda_attention& a, int token, int first_head, int heads, Query* queries) {
+  const int half = a.rope / 2;
+  if (half == 0) return;
   const float *cosines = a.cos + int64_t(token) * half, *sines = a.sin + int64_t(token) * half;
-  Query* query = queries + int64_t(row) * (a.rank + a.rope) + a.rank;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < half; i += kThreads) {
-    const float2 pair = rotated(q[i], q[half + i], cosines[i], sines[i]);
-    query[i] = from_float<Query>(pair.x), query[half + i] = from_float<Query>(pair.y);
+#pragma unroll 2
+  for (Place at(threadIdx.x, half); at.row < heads; at.move(kThreads, half)) {
+    const int64_t row = int64_t(token) * a.n_heads + first_head + at.row;
+    const float* q = a.q + row * (a.nope + a.rope) + a.nope;
+    Query* query = queries + row * (a.rank + a.rope) + a.rank;
+    const float2 pair = rotated(q[at.piece], q[half + at.piece], cosines[at.piece], sines[at.piece]);
+    query[at.piece] = from_float<Query>(pair.x), query[half + at.piece] = from_float<Query>(pair.y);
   }
 }
 
-// Latent attention's queries [T, H, R + Q] with w_uk absorbed, and new rows. Blocks: (kBlockRows of R, H + 1, T), the last head for the
-// row.
+// Latent attention's queries [T, H, R + Q] with w_uk absorbed, and new rows. Blocks: (kBlockRows of R, H + 1, T); of the last head, the
+// first block is for the row, the last one for what positions turn.
 template <typename W, typename C, typename Query, int kPiece>
 __global__ void __launch_bounds__(kThreads) latent_few(mythos_cuda_attention a, Query* queries) {
   extern __shared__ float q[];  // [N]
@@ -123,16 +135,15 @@ __global__ void __launch_bounds__(kThreads) latent_few(mythos_cuda_attention a, 
 #pragma unroll
     for (int row = 0; row < kRows; ++row) pieces[row].load_kept(w_uk + min(first_row + row, count - 1) * a.nope + i);
   };
-  if (head < a.n_heads) {
-    prefetch(w_uk, int64_t(count) * a.nope * sizeof(W));
-    if (lane * kPiece < a.nope) load(lane * kPiece);
-  }
-  wait_for_previous();
   if (head == a.n_heads) {
     if (blockIdx.x == 0) make_row<C>(a, token, scratch);
+    wait_for_previous();
+    if (blockIdx.x == gridDim.x - 1) turn_queries(a, token, 0, a.n_heads, queries);
     return;
   }
-  if (blockIdx.x == 0) turn_query(a, token, head, queries);
+  prefetch(w_uk, int64_t(count) * a.nope * sizeof(W));
+  if (lane * kPiece < a.nope) load(lane * kPiece);
+  wait_for_previous();
 #pragma unroll 1
   for (int i = threadIdx.x; i < a.nope; i += kThreads) q[i] = a.q[at * (a.nope + a.rope) + i];
   __syncthreads();
@@ -166,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) latent_many(mythos_cuda_attention a,
   wait_for_previous();
   const int token = blockIdx.y, head = blockIdx.x;
   if (head == a.n_heads) return make_row<C>(a, token, scratch);
-  turn_query(a, token, head, queries);
+  turn_queries(a, token, head, 1, queries);
   const int64_t at = int64_t(token) * a.n_heads + head;
 #pragma unroll 1
   for (int i = threadIdx.x; i < a.nope; i += kThreads) rounded[at * a.nope + i] = from_float<W>(a.q[at * (a.nope + a.rope) + i]);
