@@ -121,3 +121,58 @@ def test_a_graph_replays_them() -> None:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(past_len, (1 + replay) * counts)
         x.copy_(normal(6, 128))
+
+
+@pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_rows_and_lengths_of_the_kernels_right_before(groups: int, cache_dtype: str) -> None:
+    """Steps one behind the other give what they do with waits between: rows are read before the kernels in front have ended."""
+    steps, width = 60, 80 if groups == 0 else 2 * groups * 32
+    sizes = parse("batch=2 seq=1 n_heads=4 capacity=300")
+    sizes |= parse(f"n_kv_heads={groups} v_head_dim=32" if groups else "nope=16 rope=16 rank=64 v_head_dim=16", None)
+    columns = (4 + 2 * groups) * 32 if groups else 4 * 32
+    half = 16 if groups else 8
+    given = {"w_uk": normal(4, 64, 16), "w_uv": normal(4, 16, 64), "kv_norm": norm_weight(64)}
+    inputs = [
+        {"q": normal(2, columns), "kv": normal(2, 80), "cos": normal(2, half), "sin": normal(2, half)}
+        for _ in range(steps)
+    ]
+    filled, lengths = normal(2, 300, width, dtype=cache_dtype), torch.tensor([1, 130], device="cuda")
+    rows, past_len, counts = filled.clone(), lengths.clone(), torch.ones_like(lengths)
+    results = [blank(2, 4 * (32 if groups else 16)) for _ in range(steps)]
+    new_kv = blank(2, width, dtype=rows.dtype)
+    calls = []
+    for own, y in zip(inputs, results, strict=True):
+        fields = {
+            **sizes,
+            **given,
+            **own,
+            "dtype": "float32",
+            "cache_dtype": cache_dtype,
+            "scale": 0.1,
+            "epsilon": 1e-6,
+        }
+        calls += [
+            Call("attention", **fields, past=rows, past_len=past_len, y=y, new_kv=new_kv),
+            Call(
+                "append",
+                **parse(f"slots=1 batch=2 seq=1 capacity=300 row_bytes={2 * width}"),
+                new_rows=new_kv,
+                rows=rows,
+                past_len=past_len,
+                counts=counts,
+            ),
+            Call("advance", batch=2, past_len=past_len, counts=counts),
+        ]
+    for call in calls:
+        call.run()
+    want = [y.clone() for y in results]
+    assert torch.equal(past_len, lengths + steps)
+    for _ in range(3):
+        rows.copy_(filled), past_len.copy_(lengths)
+        for y in results:
+            y.zero_()
+        assert [call.enqueue() for call in calls] == [0] * len(calls)
+        torch.cuda.synchronize()
+        for got, expected in zip(results, want, strict=True):
+            assert torch.equal(got, expected)

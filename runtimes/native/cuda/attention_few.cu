@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   // Int8 rows leave their stage before they are read, so that more steps are on their way.
   constexpr bool kInt8 = std::is_same_v<C, int8_t>;
   constexpr int kAhead = kInt8 ? kStages : 1;
+  constexpr bool kEarly = !kInt8;  // the first step's cached rows are copied before the wait
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ uint64_t barriers[kStages];
   const Pitches pitch(n, kRows);
@@ -77,16 +78,22 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
     for (int i = 0; i < kPairs * 8; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.0f;
   };
-  const auto load = [&](int step) {
+  int turn = 0;  // of the ring's steps, this kernel's step 0
+  const auto load = [&](int step, Copied copied) {
     const int from = first_row + step * kRows, to = min(from + kRows, end_row);
-    if (from < end_row) {
-      if constexpr (kInt8) stages.load(n, rows, scales, group, from, to, step);
-      else stages.load(n, rows, group, from, to, step);
-    }
-    commit();
+    if (from >= end_row) return;
+    if constexpr (kInt8) stages.load(n, rows, scales, group, from, to, step);
+    else stages.load(n, rows, group, from, to, turn + step, copied);
+  };
+  const auto find_rows = [&](int64_t length) {
+    rows = Rows<C>(n, cache.past, cache.fresh, length, sequence), scales = Scales<C>(n, cache, length, sequence);
+    const Range range(n, rows, first_token, last_token, part, 16);
+    first_row = range.from, end_row = range.to;
   };
   let_next_start();
-  const int64_t length = __ldcg(past_len + sequence);
+  // A length is written behind the rows that it counts: where it is this call's already, they are there.
+  const int64_t length = load_acquired(past_len + sequence);
+  if constexpr (kEarly) find_rows(length), load(0, Copied::kCached);
   prefetch_rows<kStages * kRows>(n, Rows<C>(n, cache.past, cache.fresh, length, sequence), first_token, last_token, part);
   if constexpr (kInt8) prefetch_rows<kStages * kRows>(n, Scales<C>(n, cache, length, sequence).at, first_token, last_token, part);
   // The first step computes with what is in memory by chance, and only brings the code near while other kernels run; those up to -1 load.
@@ -95,10 +102,19 @@ __global__ void __launch_bounds__(kWarps * 32)
     if (step == -1 - kAhead || step == -kAhead) begin();
     if (step == -kAhead) {
       wait_for_previous();
-      rows = Rows<C>(n, cache.past, cache.fresh, past_len[sequence], sequence), scales = Scales<C>(n, cache, past_len[sequence], sequence);
-      const Range range(n, rows, first_token, last_token, part, 16);
+      const int64_t now = past_len[sequence];
       copy_queries(n, queries + all_queries * n.key_dim, first_query, kQueries, pitch.key, at.query, kWarps * 32);
-      first_row = range.from, end_row = range.to;
+      if constexpr (kEarly) {
+        load(0, Copied::kFresh);
+        if (now != length) {
+          if (first_row < end_row) stages.wait(0), turn = kStages;
+          stages.settle();
+          __syncthreads();
+          find_rows(now), load(0, Copied::kAll);
+        }
+      } else {
+        find_rows(now);
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int s = last_token == first_token ? first_token : token_of(min(first_query + lane / 4 + half * 8, last_query));
@@ -114,16 +130,17 @@ __global__ void __launch_bounds__(kWarps * 32)
       if (step >= 0 || step < -kAhead) stages.widen(n, max(step, 0), end_row - from, scale);
     }
     if (step >= -kAhead) {
-      load(step + kAhead);
+      if (!kEarly || step >= 0) load(step + kAhead, Copied::kAll);
+      commit();
       if (step < 0) continue;
       if constexpr (!kInt8) {
         if (from >= end_row) break;
-        stages.wait(step);
+        stages.wait(turn + step);
       }
     }
     __syncthreads();
     const int own = from + warp * 16;
-    const Number *keys = stages.at(max(step, 0)), *values = pitch.inside ? keys : keys + kRows * pitch.key;
+    const Number *keys = stages.at(step < 0 ? 1 : step), *values = pitch.inside ? keys : keys + kRows * pitch.key;
     const auto weigh = [&] {
       if constexpr (kInt8) return stages.weighing(warp * 16);
       else return Alike{scale};

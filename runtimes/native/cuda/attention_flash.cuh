@@ -152,6 +152,9 @@ __device__ __forceinline__ void copy_queries(const Shape& n, const C* queries, i
   }
 }
 
+// Which rows of a stage are copied: those in the cache may be before the new ones are there.
+enum class Copied { kAll, kCached, kFresh };
+
 // A ring of kStages stages of kRows rows, read kUnit at a time, filled while earlier ones are read: by bulk copies, a lane a row
 // (compute capability 9.0 and later), else by a warp a row.
 template <typename C, int kRows, int kUnit, int kWarps, int kStages>
@@ -178,26 +181,27 @@ class Stages {
   __device__ __forceinline__ C* at(int step) const { return memory_ + step % kStages * pitch_.stage; }
 
   // Begins to copy rows [from, to), kRows at most; what is behind them in their last unit becomes zero, unless it is int8: that is
-  // always a number. A stage's rows must have been read by all.
-  __device__ __forceinline__ void load(const Shape& n, const Rows<C>& rows, int group, int from, int to, int step) const {
+  // always a number. A stage's rows must have been read by all. Where cached rows are copied alone, the fresh ones are to follow.
+  __device__ __forceinline__ void load(const Shape& n, const Rows<C>& rows, int group, int from, int to, int step,
+                                       Copied copied = Copied::kAll) const {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kRowsOfWarp;
     C* stage = at(step);
 #if __CUDA_ARCH__ >= 900
     const uint32_t barrier = barriers_ + step % kStages * 8;
     const uint32_t key_bytes = n.key_dim * sizeof(C), value_bytes = pitch_.inside ? 0 : n.value_dim * sizeof(C);
     const int row = first + lane;
-    if (lane == 0) {
+    if (lane == 0 && copied != Copied::kFresh) {
       const uint32_t bytes = max(0, min(to - from - first, kRowsOfWarp)) * (key_bytes + value_bytes);
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
     }
     __syncwarp();
-    if (lane < kRowsOfWarp && from + row < to) {
+    if (lane < kRowsOfWarp && from + row < to && (copied == Copied::kAll || (from + row < rows.cached) == (copied == Copied::kCached))) {
       const C* source = rows[from + row] + group * n.step;
       copy_bulk(shared_address(stage + row * pitch_.key), source + n.keys_at, key_bytes, barrier);
       if (value_bytes > 0) copy_bulk(shared_address(stage + kRows * pitch_.key + row * pitch_.value), source + n.values_at, value_bytes, barrier);
     }
     // Read with weights of zero, which are no cure for what is no number.
-    if constexpr (!std::is_same_v<C, int8_t>) {
+    if (!std::is_same_v<C, int8_t> && copied != Copied::kFresh) {
 #pragma unroll 1
       for (int empty = max(first, to - from); empty < min(first + kRowsOfWarp, (to - from + kUnit - 1) / kUnit * kUnit); ++empty) {
 #pragma unroll 1
@@ -207,6 +211,7 @@ class Stages {
       }
     }
 #else
+    if (copied == Copied::kFresh) return;  // kernels do not overlap: all rows are there from the start
     const int key_pieces = n.key_dim / kInCopy, value_pieces = pitch_.inside ? 0 : n.value_dim / kInCopy;
 #pragma unroll 1
     for (int row = first; row < first + kRowsOfWarp; ++row) {
@@ -232,6 +237,13 @@ class Stages {
         ::"r"(barrier), "r"(parity) : "memory");
 #else
     wait_but<kStages - 1>();
+#endif
+  }
+
+  // Before copies into a stage that this thread has written to itself.
+  __device__ __forceinline__ void settle() const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
   }
 

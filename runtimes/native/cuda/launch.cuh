@@ -26,6 +26,16 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// A number that another kernel may be writing; what that one wrote before is seen by copies that are begun afterwards.
+__device__ __forceinline__ int64_t load_acquired(const int64_t* from) {
+  int64_t value;
+  asm volatile("ld.acquire.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+  return value;
+}
+
 // Asks for a block's share of what lies in [from, from + bytes) to be in the second-level cache: of what never changes, before the wait.
 __device__ __forceinline__ void prefetch(const void* from, int64_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

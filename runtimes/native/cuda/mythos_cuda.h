@@ -138,7 +138,7 @@ typedef struct mythos_cuda_attention {
   const void *w_uk, *w_uv;   // [H, R, N], [H, V, R]; latent only
   const float *cos, *sin;    // [T, Q / 2]; grouped-query: [T, V / 2]
   const void* past;          // [B, C, W]
-  const int64_t* past_len;   // [B]
+  const int64_t* past_len;   // [B]; to be written behind the rows that it counts: they may be read once it is there
   float* y;                  // [T, H V], out
   void* new_kv;              // [T, W], out
   void* workspace;           // aligned to 256 bytes
