@@ -22,26 +22,30 @@ from mythos_export.overloads import DOMAIN
 from runtimes.errors import InputError
 
 _QUANTIZABLE = ("NormalizedLinear", "ResidualLinear", "FeedForward", "MixtureOfExperts")
+_ATTENTION = tuple(
+    f"{name}{cache}" for name in ("LatentAttention", "GroupedQueryAttention") for cache in ("", "Int8Cache")
+)
 # The operators that the CUDA library has.
 KERNELS = frozenset(
     (
         *_QUANTIZABLE,
         *(f"Quantized{name}" for name in _QUANTIZABLE),
-        "LatentAttention",
-        "GroupedQueryAttention",
+        *_ATTENTION,
         "RecurrentInput",
         "RecurrentUpdate",
     )
 )
-_DEQUANTIZED = "QuantizedLatentAttention"  # becomes the float one
+_DEQUANTIZED = tuple(f"Quantized{name}" for name in _ATTENTION if name.startswith("Latent"))  # become the float ones
 _PRODUCTS = ("NormalizedLinear", "QuantizedNormalizedLinear")
+_OF_QUANTIZED = {"block_size", "activation_type"}  # attributes
+_STACKED = ("new_kv", "new_scale")
 _POSITIONS_OF = ("past_len", "input_ids")
 _REDUCED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def serves(model: ir.Model) -> bool:
-    """Whether the CUDA library can run every operator of the graph: it knows no int8 caches, and no dense feed-forward whose two
-    matrices are of different types."""
+    """Whether the CUDA library can run every operator of the graph: it knows no dense feed-forward whose two matrices are of
+    different types."""
     return all(_has_kernel(node) for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == DOMAIN)
 
 
@@ -49,7 +53,7 @@ def _has_kernel(node: ir.Node) -> bool:
     if node.op_type == "QuantizedFeedForward":
         gate_up, down = node.inputs[2], node.inputs[4]
         return gate_up is not None and down is not None and gate_up.dtype == down.dtype
-    return node.op_type in KERNELS or node.op_type == _DEQUANTIZED
+    return node.op_type in KERNELS or node.op_type in _DEQUANTIZED
 
 
 def rewrite(model: ir.Model) -> None:
@@ -117,12 +121,12 @@ class _Rewriter:
 
     def _dequantize(self, graph: ir.Graph) -> None:
         """Attention multiplies with float16 matrices where they are quantized: small ones, dequantized as a session is made."""
-        for node in _nodes(graph, _DEQUANTIZED, DOMAIN):
+        for node in [node for name in _DEQUANTIZED for node in _nodes(graph, name, DOMAIN)]:
             q, kv, norm, w_uk, uk_scale, w_uv, uv_scale, *rest, _ = node.inputs
             block = node.attributes["block_size"].as_int()
             matrices = [self._as_float16(*pair, block) for pair in ((w_uk, uk_scale), (w_uv, uv_scale))]
-            attributes = {name: node.attributes[name].value for name in ("scale", "epsilon")}
-            _replace(graph, [node], _DEQUANTIZED.removeprefix("Quantized"), [q, kv, norm, *matrices, *rest], attributes)
+            attributes = {name: node.attributes[name].value for name in node.attributes.keys() - _OF_QUANTIZED}
+            _replace(graph, [node], node.op_type.removeprefix("Quantized"), [q, kv, norm, *matrices, *rest], attributes)
 
     def _as_float16(self, values: ir.Value | None, scale: ir.Value | None, block: int) -> ir.Value:
         """A quantized matrix [H, O, I] with scales [H, O, b] as floats.
@@ -199,11 +203,12 @@ class _Rewriter:
                 _replace(self._graph, [entry, update], "RecurrentUpdateInput", inputs, attributes, outputs=outputs)
 
     def _stack(self) -> None:
-        """The rows of a step's slots, where each is a tensor [B, S, W] of its own, are put together at once."""
-        output = next(value for value in self._graph.outputs if value.name == "new_kv")
-        rows, concat = list(_rows(output)), output.producer()
-        if concat is not None and all(row is not None for row in rows):
-            _replace(self._graph, [concat], "StackRows", rows)
+        """The rows of a step's slots, where each is a tensor [B, S, W] of its own, are put together at once; their scales [B, S]
+        likewise."""
+        for output in [value for value in self._graph.outputs if value.name in _STACKED]:
+            rows, concat = list(_rows(output)), output.producer()
+            if concat is not None and all(row is not None for row in rows):
+                _replace(self._graph, [concat], "StackRows", rows)
 
     def _derive_shapes(self) -> None:
         """Shapes of values are made of the inputs' dimensions, which a session may fix; it knows no shapes behind our operators."""
@@ -272,7 +277,7 @@ def _are_positions(value: ir.Value | None) -> bool:
 
 
 def _rows(value: ir.Value | None) -> Iterator[ir.Value | None]:
-    """The tensors [B, S, W] that are stacked in value [N, B, S, W]; None for what is none."""
+    """The tensors [B, S, W] that are stacked in value [N, B, S, W], or [B, S] in [N, B, S]; None for what is none."""
     node = _producer(value)
     if node is not None and node.op_type == "Concat" and node.attributes["axis"].as_int() == 0:
         for part in node.inputs:

@@ -296,6 +296,7 @@ def _choose(folder: Path, manifest: Manifest) -> Graph:
         if graph.cuda_file is not None:
             return msgspec.structs.replace(graph, file=graph.cuda_file)
     raise BackendError(
-        f"{folder}: has no graph for onnxruntime on CUDA: it was made before there were any, or has an int8 cache or float8 "
-        "matrices, which the operators there do not take; export it again with this release, or run it with --device cpu"
+        f"{folder}: has no graph for onnxruntime on CUDA: it was made before there were any, or before they took its cache, or a "
+        "dense feed-forward has matrices of two types, which they do not take; export it again with this release, or run it with "
+        "--device cpu"
     )

@@ -163,7 +163,36 @@ def attend(a: Attention, query: Any, rows: Any, scale: float) -> Any:
     return torch.einsum("hsn,nhd->shd", torch.softmax(scores.masked_fill(~seen, -torch.inf), -1), values)
 
 
-def check_attention(dtype: str, cache_dtype: str, a: Attention) -> None:
+def cached_rows(cache_dtype: str, width: int, a: Attention) -> tuple[Any, Any, Any]:
+    """Rows [B, C, W], scales [B, C] of int8 ones (else empty), and what they stand for in float64. Those that hold no token, or
+    their scales, are NaN; the first int8 row is zero, and so is its scale."""
+    batch, int8 = len(a.lengths), cache_dtype == "int8"
+    if not int8:
+        past, scales = normal(batch, a.capacity, width, dtype=cache_dtype), normal(0)
+    else:
+        past = integers(-127, 128, batch, a.capacity, width).to(torch.int8)
+        scales = (torch.rand(batch, a.capacity, device=DEVICE) + 0.5) / 64
+        past[:, :1], scales[:, :1] = 0, 0
+    for sequence, length in zip(scales if int8 else past, a.lengths, strict=True):
+        sequence[length:] = torch.nan
+    return past, scales, past.double() * (scales[..., None].double() if int8 else 1)
+
+
+def check_new_rows(new_kv: Any, new_scale: Any, row: Any, row_scale: float, limit: float) -> Any:
+    """What new rows stand for, in float64. Int8 ones are at most half a level from `row`, or from where it is cut off; a little
+    more, as float32 is rounded before."""
+    if new_kv.dtype != torch.int8:
+        assert error(new_kv, row) < limit
+        return new_kv.double()
+    scale = torch.full_like(row[:, :1], row_scale) if row_scale else row.abs().amax(-1, keepdim=True) / 127
+    torch.testing.assert_close(new_scale.double(), scale[:, 0], rtol=1e-5, atol=0)
+    stands_for = new_kv * new_scale[:, None].double()
+    assert bool(((stands_for - row.clamp(-127 * scale, 127 * scale)).abs() <= 0.51 * scale).all())
+    return stands_for
+
+
+def check_attention(dtype: str, cache_dtype: str, a: Attention, row_scale: float = 0.0) -> None:
+    """Int8 rows are exact: what is multiplied with them is float16."""
     batch, latent = len(a.lengths), not a.n_kv_heads
     tokens, width = batch * a.seq, a.rank + a.rope if latent else 2 * a.n_kv_heads * a.v_head_dim
     head = a.nope + a.rope if latent else a.v_head_dim
@@ -172,11 +201,13 @@ def check_attention(dtype: str, cache_dtype: str, a: Attention) -> None:
     w_uk = normal(a.n_heads, a.rank, a.nope, dtype=dtype, scale=max(a.nope, 1) ** -0.5)
     w_uv = normal(a.n_heads, a.v_head_dim, a.rank, dtype=dtype, scale=max(a.rank, 1) ** -0.5)
     angles = torch.rand(tokens, (a.rope if latent else a.v_head_dim) // 2, device=DEVICE) * 6
-    cos, sin, past = angles.cos(), angles.sin(), normal(batch, a.capacity, width, dtype=cache_dtype)
-    for sequence, length in zip(past, a.lengths, strict=True):
-        sequence[length:] = torch.nan
+    (past, past_scale, held_rows), cos, sin = cached_rows(cache_dtype, width, a), angles.cos(), angles.sin()
     y, new_kv = blank(tokens, a.n_heads * a.v_head_dim), blank(tokens, width, dtype=past.dtype)
-    inputs = {"q": q, "kv": kv, "kv_norm": kv_norm, "w_uk": w_uk, "w_uv": w_uv, "cos": cos, "sin": sin, "past": past}
+    new_scale = blank(tokens if cache_dtype == "int8" else 0)
+    if cache_dtype == "int8" and tokens > 1:  # a row of zeros
+        (kv if latent else q)[0, 0 if latent else a.n_heads * head :] = 0
+    inputs = {"past_scale": past_scale, "new_scale": new_scale, "row_scale": row_scale}
+    inputs |= {"q": q, "kv": kv, "kv_norm": kv_norm, "w_uk": w_uk, "w_uv": w_uv, "cos": cos, "sin": sin, "past": past}
     fields = {**a._asdict(), **inputs, "batch": batch, "scale": head**-0.5, "epsilon": 1e-6, "y": y, "new_kv": new_kv}
     fields["past_len"] = torch.tensor(fields.pop("lengths"), device=DEVICE)
     Call("attention", dtype=dtype, cache_dtype=cache_dtype, **fields).run()
@@ -189,14 +220,15 @@ def check_attention(dtype: str, cache_dtype: str, a: Attention) -> None:
     else:
         query, key, value = heads.split([a.n_heads, a.n_kv_heads, a.n_kv_heads], 1)
         query, row = rotate(query, *turn_heads), torch.cat([rotate(key, *turn_heads), value], 1).flatten(1)
-    assert error(new_kv, row) < LIMITS[cache_dtype]
+    limit = LIMITS["float16" if cache_dtype == "int8" else cache_dtype]
+    new_rows = check_new_rows(new_kv, new_scale, row, row_scale, limit).view(batch, a.seq, -1)
     want = []
     for b, length in enumerate(a.lengths):
         held = torch.arange(max(length - a.capacity, 0), length, device=DEVICE) % max(a.capacity, 1)
-        rows, new = torch.cat([past[b, held], new_kv.view(batch, a.seq, -1)[b]]), slice(b * a.seq, (b + 1) * a.seq)
-        mixed = attend(a, query[new], rows.double(), head**-0.5)
+        rows, new = torch.cat([held_rows[b, held], new_rows[b]]), slice(b * a.seq, (b + 1) * a.seq)
+        mixed = attend(a, query[new], rows, head**-0.5)
         want.append(torch.einsum("hvr,shr->shv", w_uv.double(), mixed) if latent else mixed)
-    assert error(y, torch.cat(want).flatten(1)) < 2 * max(LIMITS[dtype], LIMITS[cache_dtype])
+    assert error(y, torch.cat(want).flatten(1)) < 2 * max(LIMITS[dtype], limit)
 
 
 ATTENTIONS = [
@@ -215,15 +247,23 @@ ATTENTIONS = [
     Attention(200, 8, 2, 0, 0, 0, 64, 64, 50, [0, 64, 1000]),
     Attention(300, 16, 0, 64, 32, 256, 64, 512, 0, [0]),
     Attention(5, 4, 2, 0, 0, 0, 32, 0, 0, [0]),
+    Attention(70, 16, 0, 128, 64, 512, 128, 200, 0, [150]),
 ]
 PAIRS = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16")]
 PAIRS += [("float32", "float16"), ("float32", "bfloat16")]  # of the matrices and the cache
+PAIRS += [(dtype, "int8") for dtype in ("float16", "bfloat16", "float32")]
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), PAIRS)
 @pytest.mark.parametrize("attention", some(ATTENTIONS, 4), ids=str)
 def test_attention(dtype: str, cache_dtype: str, attention: Attention) -> None:
     check_attention(dtype, cache_dtype, attention)
+
+
+@pytest.mark.parametrize("attention", some(ATTENTIONS, 4), ids=str)
+def test_attention_of_a_fixed_row_scale(attention: Attention) -> None:
+    """Numbers beyond 2.54 are cut off."""
+    check_attention("float16", "int8", attention, row_scale=0.02)
 
 
 @RANDOM

@@ -27,7 +27,8 @@ VALID = {
 REFUSED = {  # a change each, or several that go together
     "linear": "dtype=6 dtype=-1 dtype=int4,block=48 tokens=-1 inputs=0 inputs=99999 outputs=0 split=32 split=-1 split=8,residual=1",
     "experts": "block=48 scale_dtype=2 dim=63 expert_dim=0 top_k=5 shared=-1 tokens=1073741824",
-    "attention": "dtype=3 cache_dtype=3 rank=513 rope=7 nope=0 window=-1 n_kv_heads=3 seq=65536 capacity=-1",
+    "attention": "dtype=3 cache_dtype=4 cache_dtype=3,row_scale=-1 rank=513 rope=7 nope=0 window=-1 n_kv_heads=3 seq=65536 "
+    "capacity=-1",
     "routing": "top_k=0 top_k=33 experts=63 groups=0 top_k_groups=5 group_top_k=17 experts=2048",
     "recurrent_input": "dim=0 dim=8193 tokens=-1",
     "recurrent_update": "dim=0 dim=8193 lora_rank=-1 batch=-1 loop_signal=0 norm=0",

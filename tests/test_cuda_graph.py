@@ -19,9 +19,11 @@ import pytest
 from onnx import TensorProto, helper, inliner, parser
 
 from mythos_export import cuda_graph, ops
+from mythos_export.checkpoint import load_checkpoint
 from mythos_export.export import export_bundle
 from mythos_export.quantize import quantize_bundle
 from mythos_export.quantize.recipe import load_recipe, with_overrides
+from mythos_export.trace import trace
 from runtimes.bundle import Graph, open_bundle
 from runtimes.native_library import library_path
 
@@ -120,14 +122,16 @@ def runs_anywhere(path: Path) -> onnx.ModelProto:
     return inliner.inline_local_functions(model)
 
 
-@pytest.fixture(scope="module", params=["float32", "float16", "int4"])
+@pytest.fixture(scope="module", params=["float32", "float16", "int4", "kv-int8", "int4,kv-int8"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped checkpoint with 4 loops, in float16 with a dynamic loop count."""
+    """The shipped checkpoint with 4 loops, in float16 with a dynamic loop count; or quantized."""
     fixed, target = request.getfixturevalue("fixed_bundle"), tmp_path_factory.mktemp("cuda") / "bundle"
     if request.param == "float32":
         return fixed
-    if request.param == "int4":
-        quantize_bundle(fixed, target, with_overrides(load_recipe("int4"), None, 32))
+    if request.param.startswith("int4"):
+        quantize_bundle(fixed, target, with_overrides(load_recipe(request.param), None, 32))
+    elif request.param == "kv-int8":
+        quantize_bundle(fixed, target, "kv-int8")
     else:
         export_bundle(request.getfixturevalue("shakespeare"), target, dtype="float16")
     return target
@@ -147,19 +151,22 @@ def described(model: onnx.ModelProto) -> list[tuple[str, bytes]]:
 def feeds(graph: Graph, seq: int, past: list[int]) -> dict[str, np.ndarray]:
     draw, batch = np.random.default_rng(seq), len(past)
     slots = graph.slots(graph.default_loops)
-    past_kv = draw.normal(size=(slots, batch, 16, graph.cache_width)).astype(graph.cache_dtype)
+    shape, int8 = (slots, batch, 16, graph.cache_width), graph.cache_dtype == "int8"
+    past_kv = (draw.normal(size=shape) * (40 if int8 else 1)).astype(graph.cache_dtype)
     given = {
         "input_ids": draw.integers(graph.vocab_size, size=(batch, seq)),
         "past_len": np.array(past),
         "past_kv": past_kv,
         "logit_positions": np.tile(np.arange(seq), (batch, 1)),
     }
+    if int8:
+        given["past_scale"] = draw.uniform(0.02, 0.03, shape[:3]).astype(np.float32)
     return given if graph.loops is not None else {**given, "n_loops": np.array([graph.default_loops, 2][:batch])}
 
 
 def test_it_computes_what_the_other_graph_does(bundle: Path) -> None:
     """To the last bit, where both run as portable bodies: prefill, and decode of rows of several lengths. Quantized attention has
-    its matrices rounded to float16."""
+    its matrices rounded to float16, which may move a cached number by a level."""
     graph, path, source = files(bundle)
     models = runs_anywhere(path), inliner.inline_local_functions(onnx.load(source))
     own, other = (
@@ -168,7 +175,9 @@ def test_it_computes_what_the_other_graph_does(bundle: Path) -> None:
     for seq, past in ((5, [0, 3]), (1, [15, 7])):
         given = feeds(graph, seq, past)
         for got, expected in zip(own.run(None, given), other.run(None, given), strict=True):
-            np.testing.assert_allclose(got, expected, rtol=0, atol=0.02 if graph.weight_dtype == "int4" else 0)
+            rounded = 1.0 if got.dtype == np.int8 else 0.1 if graph.cache_dtype == "int8" else 0.02
+            limit = rounded if graph.weight_dtype == "int4" else 0.0
+            np.testing.assert_allclose(got.astype(np.float64), expected, rtol=0, atol=limit)
 
 
 def test_it_reads_the_same_weights_through_operators_of_the_library_alone(bundle: Path) -> None:
@@ -188,8 +197,11 @@ def test_it_reads_the_same_weights_through_operators_of_the_library_alone(bundle
     quantized = "Quantized" * (graph.weight_dtype == "int4")
     assert {f"{quantized}NormalizedLinearSplit", f"{quantized}Embedding", "PositionRows"} <= kinds
     assert "Range" not in kinds  # computed on the CPU, whatever its inputs are
-    assert not kinds & {"Split", "DequantizeLinear", "QuantizedLatentAttention"}
-    assert ("StackRows" in kinds) == (graph.loops is not None)
+    assert not kinds & {"Split", "DequantizeLinear", "QuantizedLatentAttention", "QuantizedLatentAttentionInt8Cache"}
+    int8 = graph.cache_dtype == "int8"
+    assert ("LatentAttentionInt8Cache" in kinds) == int8
+    stacked = [node.output[0] for node in nodes if node.op_type == "StackRows"]
+    assert stacked == ([] if graph.loops is None else ["new_kv", "new_scale"] if int8 else ["new_kv"])
     loop_ends = [node.op_type for node in nodes if node.op_type.startswith("Recurrent")]
     joined = ["RecurrentUpdateInput"] * ((graph.loops or 1) - 1)  # unrolled, or the body of a loop
     assert loop_ends == ["RecurrentInput", *joined, "RecurrentUpdate"]
@@ -239,7 +251,7 @@ def test_no_shape_is_left_where_the_inputs_dimensions_are_fixed(fixed_bundle: Pa
     assert left <= {"Unsqueeze", "Add", "Clip", "Min", "Gather", "Expand", "GatherElements", "Squeeze"}, left
 
 
-def test_bfloat16_keeps_its_cache_and_int8_caches_have_none(int4_bundle: Path, tmp_path: Path) -> None:
+def test_bfloat16_keeps_its_cache(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(CONFIG)
     manifest = export_bundle(f"random:{tmp_path / 'config.json'}", tmp_path / "bundle", dtype="bfloat16", loops=2)
     _, path, _ = files(tmp_path / "bundle")
@@ -249,7 +261,17 @@ def test_bfloat16_keeps_its_cache_and_int8_caches_have_none(int4_bundle: Path, t
     matrices = {t.name for t in model.graph.initializer if t.data_type == TensorProto.BFLOAT16}
     assert {"embed", "recurrent.layers.0.ffn.gate_up"} <= matrices
     assert [graph.cuda_file for graph in manifest.graphs] == ["decoder.cuda.onnx", None]
-    assert open_bundle(int4_bundle)[1].graphs[0].cuda_file is None
+
+
+def test_a_row_scale_is_kept(shakespeare: Path) -> None:
+    """Of all rows of an int8 cache."""
+    import torch
+
+    traced = trace(load_checkpoint(shakespeare).config, loops=2, max_loops=2, cache_dtype=torch.int8, row_scale=0.0625)
+    assert cuda_graph.serves(traced.model)
+    cuda_graph.rewrite(traced.model)
+    nodes = [node for node in traced.model.graph if node.op_type == "LatentAttentionInt8Cache"]
+    assert {node.attributes["row_scale"].as_float() for node in nodes} == {0.0625}
 
 
 def test_other_splits_of_several_sizes_become_slices() -> None:
@@ -306,6 +328,11 @@ def test_the_library_registers_without_a_gpu_and_types_its_operators(library: Pa
             "(f, f, f, f, m, i, l, n, t, t, t, v, v, v, g, t, v, l)"
         ),
         "bfloat16[b, s, 8] p, bfloat16[b, s, 8] q": "bfloat16[2, b, s, 8] y = StackRows (p, q)",
+        "int8[b, s, 8] p, int8[b, s, 8] q": "int8[2, b, s, 8] y = StackRows (p, q)",
+        "float[b, s, 32] x, float[b, s, 4] c, int8[1, b, n, 16] p, float[1, b, n] z, int64[b] l, int64 i": (
+            "float[b, s, 16] y, int8[b, s, 16] r, float[b, s] t = GroupedQueryAttentionInt8Cache "
+            "<n_heads = 2, n_kv_heads = 1, window = 0, scale = 1.0, row_scale = 0.0> (x, c, c, p, z, l, i)"
+        ),
     }
     for inputs, (outputs, call) in {key: value.split(" = ", 1) for key, value in graphs.items()}.items():
         node = f"{', '.join(re.findall(r'] (.)', outputs))} = ai.mythos.{call}"
