@@ -3,8 +3,8 @@
 The weights stay the same file. The operators read 16-bit matrices as they are stored, where the float32 graph casts them. What
 would cost kernels of its own, or what the provider cannot capture in a CUDA graph (it copies the parameters of a Split or Concat of
 parts of several sizes from memory that is gone at a replay), becomes an operator that stands in no other graph:
-NormalizedLinearSplit, Embedding and their quantized forms, PositionRows, StackRows; RecurrentUpdateInput, where loops are unrolled.
-With all dimensions of the inputs fixed, no shape is left to be computed.
+NormalizedLinearSplit, Embedding and their quantized forms, PositionRows, PickRows, StackRows; RecurrentStart and
+RecurrentUpdateInput, where loops are unrolled. With all dimensions of the inputs fixed, no shape is left to be computed.
 
 Shape letters: B batch, S new tokens, D dim, N slots, W width of the cache.
 """
@@ -39,6 +39,8 @@ _DEQUANTIZED = tuple(f"Quantized{name}" for name in _ATTENTION if name.startswit
 _PRODUCTS = ("NormalizedLinear", "QuantizedNormalizedLinear")
 _OF_QUANTIZED = {"block_size", "activation_type"}  # attributes
 _STACKED = ("new_kv", "new_scale")
+_PICKED = "logit_positions"
+_UPDATED = slice(3, 6)  # of RecurrentUpdate's inputs: result, halted_mass, exit_loop
 _POSITIONS_OF = ("past_len", "input_ids")
 _REDUCED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -79,6 +81,8 @@ class _Rewriter:
         for graph in (self._graph, *self._graph.subgraphs()):
             self._split(graph)
         self._join_loops()
+        self._start_loops()
+        self._pick()
         self._stack()
         self._derive_shapes()
 
@@ -202,6 +206,35 @@ class _Rewriter:
                 inputs, outputs = [*update.inputs, *of_loop], [*update.outputs, *entry.outputs]
                 _replace(self._graph, [entry, update], "RecurrentUpdateInput", inputs, attributes, outputs=outputs)
 
+    def _start_loops(self) -> None:
+        """What enters a first loop comes with the zeros that the loop's end updates, where loops are unrolled."""
+        ends = [node for node in self._graph if node.op_type in ("RecurrentUpdate", "RecurrentUpdateInput")]
+        starts = [node for node in ends if all(_is_zero(value) for value in node.inputs[_UPDATED])]
+        entries = _nodes(self._graph, "RecurrentInput", DOMAIN)
+        if len(starts) != 1 or len(entries) != 1:
+            return
+        zeros = [value for value in starts[0].inputs[_UPDATED] if value is not None]
+        entry, shapes = entries[0], [(value.shape, value.type) for value in zeros]
+        attributes = {name: attribute.value for name, attribute in entry.attributes.items()}
+        start = ir.node("RecurrentStart", entry.inputs, attributes, domain=DOMAIN, num_outputs=4, name=entry.name)
+        for index, (value, (shape, kind)) in enumerate(zip(start.outputs[1:], shapes, strict=True)):
+            value.name, value.shape, value.type = f"{entry.name}/{index}", shape, kind
+            starts[0].replace_input_with(_UPDATED.start + index, value)
+        y = start.outputs[0]
+        y.name, y.shape, y.type = entry.outputs[0].name, entry.outputs[0].shape, entry.outputs[0].type
+        ir.convenience.replace_nodes_and_values(self._graph, entry, [entry], [start], entry.outputs, [y])
+
+    def _pick(self) -> None:
+        """The tokens whose logits are asked for, without an index for each of their numbers."""
+        positions = next((value for value in self._graph.inputs if value.name == _PICKED), None)
+        for node in _nodes(self._graph, "GatherElements"):
+            x, index = node.inputs
+            expand = _producer(index)
+            unsqueeze = _producer(expand.inputs[0]) if expand is not None and expand.op_type == "Expand" else None
+            picked = unsqueeze is not None and unsqueeze.inputs[0] is positions
+            if picked and x is not None and x.dtype == ir.DataType.FLOAT and node.attributes.get_int("axis", 0) == 1:
+                _replace(self._graph, [node], "PickRows", [x, positions])
+
     def _stack(self) -> None:
         """The rows of a step's slots, where each is a tensor [B, S, W] of its own, are put together at once; their scales [B, S]
         likewise."""
@@ -274,6 +307,15 @@ def _are_positions(value: ir.Value | None) -> bool:
     kinds = {part.op_type: part.inputs[0] for part in parts if part is not None}
     start, past = kinds.get("Range"), kinds.get("Unsqueeze")
     return past is not None and past.name == _POSITIONS_OF[0] and _numbers(start) == [0]
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    """Whether a value is zeros of any shape, or a cast of them."""
+    node = _producer(value)
+    if node is not None and node.op_type == "Cast":
+        node = _producer(node.inputs[0])
+    constant = node.inputs[0].const_value if node is not None and node.op_type == "Expand" and node.inputs[0] else None
+    return constant is not None and not constant.numpy().any()
 
 
 def _rows(value: ir.Value | None) -> Iterator[ir.Value | None]:

@@ -313,7 +313,11 @@ def test_recurrent(shape: dict[str, int]) -> None:
     inputs = {name: normal(tokens, dim) for name in ("x", "h", "e", "result")}
     signal, norm, y = normal(dim), norm_weight(dim), blank(tokens, dim)
     fields = {"tokens": tokens, "dim": dim, "epsilon": 1e-6, "loop_signal": signal, "norm": norm, "y": y}
-    Call("recurrent_input", **fields, h=inputs["h"], e=inputs["e"]).run()
+    zeros = blank(tokens, dim), blank(tokens), blank(tokens, dtype=torch.int64)
+    for more in ({}, dict(zip(("result", "halted_mass", "exit_loop"), zeros, strict=True))):
+        y.fill_(torch.nan)
+        Call("recurrent_input", **fields, **more, h=inputs["h"], e=inputs["e"]).run()
+    assert not any(each.any() for each in zeros)
     assert error(y, rms_norm(inputs["h"].double() + signal.double() + inputs["e"].double(), norm, 1e-6)) < 1e-5
     inputs |= {
         "lora_down": normal(rank, dim, scale=dim**-0.5),
@@ -429,6 +433,13 @@ def test_position_rows() -> None:
     past_len = torch.tensor([0, 17, 500], device=DEVICE)
     Call("position_rows", batch=3, seq=6, rows=20, dim=37, past_len=past_len, table=table, y=y).run()
     assert torch.equal(y, table[(past_len[:, None] + torch.arange(6, device=DEVICE)).clamp(max=19)])
+
+
+def test_pick_rows() -> None:
+    x, y, positions = normal(3, 6, 300), blank(3, 4, 300), torch.tensor([[0, 5, 5, 2], [-3, 1, 6, 0], [3, 3, 3, 2**40]])
+    Call("pick_rows", batch=3, seq=6, count=4, dim=300, positions=positions.to(DEVICE), x=x, y=y).run()
+    inside = positions.clamp(0, 5).to(DEVICE)[..., None].expand(-1, -1, 300)
+    assert torch.equal(y, x.gather(1, inside))
 
 
 @pytest.mark.parametrize(("count", "size"), [(3, 4096), (300, 48), (5, 13), (1, 100_000)])

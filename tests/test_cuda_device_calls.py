@@ -22,6 +22,7 @@ VALID = {
     "advance": "batch=2",
     "embedding": "dtype=int8 block=32 tokens=2 rows=4 dim=64",
     "position_rows": "batch=1 seq=2 rows=4 dim=64",
+    "pick_rows": "batch=1 seq=2 count=1 dim=64",
     "stack": "count=1 bytes=16",
 }
 REFUSED = {  # a change each, or several that go together
@@ -30,7 +31,7 @@ REFUSED = {  # a change each, or several that go together
     "attention": "dtype=3 cache_dtype=4 cache_dtype=3,row_scale=-1 rank=513 rope=7 nope=0 window=-1 n_kv_heads=3 seq=65536 "
     "capacity=-1",
     "routing": "top_k=0 top_k=33 experts=63 groups=0 top_k_groups=5 group_top_k=17 experts=2048",
-    "recurrent_input": "dim=0 dim=8193 tokens=-1",
+    "recurrent_input": "dim=0 dim=8193 tokens=-1 result=0 exit_loop=0",
     "recurrent_update": "dim=0 dim=8193 lora_rank=-1 batch=-1 loop_signal=0 norm=0",
     "append": "capacity=0 row_bytes=0 batch=65536 slots=-1",
     "likeliest": "vocab=0 rows=65536",
@@ -38,6 +39,7 @@ REFUSED = {  # a change each, or several that go together
     "advance": "batch=-1",
     "embedding": "dtype=6 rows=0 dim=0 block=0 tokens=-1 scales=0",
     "position_rows": "rows=0 dim=0 batch=65536 seq=-1",
+    "pick_rows": "seq=0 dim=0 batch=65536 count=-1",
     "stack": "count=-1",
 }
 

@@ -64,6 +64,22 @@ BODIES = (
          inside = Clip (positions, zero, last)
          y = Gather (table, inside)
        }""",
+    """PickRows (x, positions) => (y) {
+         last = Constant <value_ints = [-1]> ()
+         dim = Shape <start = 2, end = 3> (x)
+         counts = Shape (positions)
+         shape = Concat <axis = 0> (counts, dim)
+         each = Unsqueeze (positions, last)
+         index = Expand (each, shape)
+         y = GatherElements <axis = 1> (x, index)
+       }""",
+    """RecurrentStart <epsilon> (h, e, signal, norm, loop) => (y, result, mass, exit) {
+         y = ai.mythos.RecurrentInput <epsilon: float = @epsilon> (h, e, signal, norm, loop)
+         result = Sub (h, h)
+         last = Constant <value_ints = [-1]> ()
+         mass = ReduceSum (result, last)
+         exit = Cast <to = 7> (mass)
+       }""",
     """RecurrentUpdateInput <act_threshold, epsilon>
          (x, h, e, result, mass, exit, loop, n, down, scale, up, decay, inject, halt, bias, signal, norm, next) => (a, b, c, d, y) {
          a, b, c, d = ai.mythos.RecurrentUpdate <act_threshold: float = @act_threshold>
@@ -204,7 +220,9 @@ def test_it_reads_the_same_weights_through_operators_of_the_library_alone(bundle
     assert stacked == ([] if graph.loops is None else ["new_kv", "new_scale"] if int8 else ["new_kv"])
     loop_ends = [node.op_type for node in nodes if node.op_type.startswith("Recurrent")]
     joined = ["RecurrentUpdateInput"] * ((graph.loops or 1) - 1)  # unrolled, or the body of a loop
-    assert loop_ends == ["RecurrentInput", *joined, "RecurrentUpdate"]
+    start = "RecurrentInput" if graph.loops is None else "RecurrentStart"
+    assert loop_ends == [start, *joined, "RecurrentUpdate"]
+    assert not kinds & {"GatherElements"}
     assert quantized or not [node for node in nodes if node.op_type == "Cast" and node.input[0] in weights]
     assert path.name not in graph.weights
     assert path.stat().st_size < source.stat().st_size
@@ -327,6 +345,11 @@ def test_the_library_registers_without_a_gpu_and_types_its_operators(library: Pa
             " = RecurrentUpdateInput <act_threshold = 0.9, epsilon = 0.1> "
             "(f, f, f, f, m, i, l, n, t, t, t, v, v, v, g, t, v, l)"
         ),
+        "float[b, s, 8] f, float[2, 8] t, float[8] v, int64 l": (
+            "float[b, s, 8] y, float[b, s, 8] r, float[b, s, 1] m, int64[b, s, 1] x"
+            " = RecurrentStart <epsilon = 0.1> (f, f, t, v, l)"
+        ),
+        "float[b, s, 8] f, int64[b, k] p": "float[b, k, 8] y = PickRows (f, p)",
         "bfloat16[b, s, 8] p, bfloat16[b, s, 8] q": "bfloat16[2, b, s, 8] y = StackRows (p, q)",
         "int8[b, s, 8] p, int8[b, s, 8] q": "int8[2, b, s, 8] y = StackRows (p, q)",
         "float[b, s, 32] x, float[b, s, 4] c, int8[1, b, n, 16] p, float[1, b, n] z, int64[b] l, int64 i": (

@@ -124,12 +124,17 @@ struct RecurrentInputKernel {
 
   void Compute(OrtKernelContext* context) const {
     Inputs in(context);
+    const RecurrentInputArgs a = Read(in, context);
+    if (a.tokens > 0) device.Run(a, context);
+  }
+
+  // All inputs of the operator, and its output.
+  RecurrentInputArgs Read(Inputs& in, OrtKernelContext* context) const {
     const Input h = in.Next(), e = in.Next(), loop_signal = in.Next(), norm = in.Next(), loop = in.Next();
     const size_t dim = h.back(0);
     Require(e.size() == h.size() && norm.size() == dim, "h, e and norm do not fit each other");
-    RecurrentInputArgs a{h.rows(), dim, epsilon, h.floats(), e.floats(), TableRow(loop_signal, loop.ints()[0], dim),
-                         norm.floats(), OutputLike(context, 0, h, dim)};
-    if (a.tokens > 0) device.Run(a, context);
+    return {h.rows(), dim, epsilon, h.floats(), e.floats(), TableRow(loop_signal, loop.ints()[0], dim),
+            norm.floats(), OutputLike(context, 0, h, dim)};
   }
 };
 

@@ -1,4 +1,4 @@
-// What brings rows together: those of tables for token ids and for positions, and a step's cache rows of all slots.
+// What brings rows together: those of tables for token ids and for positions, of a step's tokens, and its cache rows of all slots.
 //
 // Shape letters: B batch, S new tokens of a sequence, T tokens, N rows and D numbers a row of the table, b blocks of a row.
 #include <cuda_fp8.h>
@@ -78,6 +78,15 @@ __global__ void __launch_bounds__(32) position_rows(mythos_cuda_position_rows a)
   for (int i = threadIdx.x; i < a.dim; i += 32) a.y[token * a.dim + i] = a.table[row * a.dim + i];
 }
 
+// Blocks: (K, B).
+__global__ void __launch_bounds__(kThreads) pick_rows(mythos_cuda_pick_rows a) {
+  wait_for_previous();
+  const int64_t to = int64_t(blockIdx.y) * a.count + blockIdx.x;
+  const int64_t from = int64_t(blockIdx.y) * a.seq + min(max(a.positions[to], int64_t(0)), int64_t(a.seq) - 1);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < a.dim; i += kThreads) a.y[to * a.dim + i] = a.x[from * a.dim + i];
+}
+
 constexpr int kParts = 256;  // of a launch: their addresses are among its parameters
 
 struct Parts {
@@ -131,6 +140,13 @@ __attribute__((visibility("default"))) int32_t mythos_cuda_position_rows_launch(
   if (!sizes || a->rows <= 0 || a->dim <= 0) return cudaErrorInvalidValue;
   if (a->batch == 0 || a->seq == 0) return cudaSuccess;
   return launch_kernel(position_rows, dim3(a->seq, a->batch), 32, 0, static_cast<cudaStream_t>(stream), *a);
+}
+
+__attribute__((visibility("default"))) int32_t mythos_cuda_pick_rows_launch(const mythos_cuda_pick_rows* a, void* stream) {
+  const bool sizes = a != nullptr && a->size >= sizeof(*a) && a->batch >= 0 && a->batch <= 65535 && a->count >= 0;
+  if (!sizes || a->seq <= 0 || a->dim <= 0) return cudaErrorInvalidValue;
+  if (a->batch == 0 || a->count == 0) return cudaSuccess;
+  return launch_kernel(pick_rows, dim3(a->count, a->batch), kThreads, 0, static_cast<cudaStream_t>(stream), *a);
 }
 
 __attribute__((visibility("default"))) int32_t mythos_cuda_stack_launch(const mythos_cuda_stack* a, void* stream) {

@@ -88,7 +88,7 @@ typedef struct mythos_cuda_routing {
 
 int32_t mythos_cuda_routing_launch(const mythos_cuda_routing* routing, void* stream);
 
-// What enters the looped layers: y = rms_norm(h + loop_signal + e).
+// What enters the looped layers: y = rms_norm(h + loop_signal + e). In front of the first loop, the zeros that it updates too.
 typedef struct mythos_cuda_recurrent_input {
   uint32_t size;             // of this struct in bytes
   int32_t tokens, dim;       // T, D
@@ -96,6 +96,8 @@ typedef struct mythos_cuda_recurrent_input {
   const float *h, *e;        // [T, D]
   const float *loop_signal, *norm;  // [D]: the loop's row
   float* y;                  // [T, D], out
+  float *result, *halted_mass;  // [T, D], [T], out: zeros; or null, as the next
+  int64_t* exit_loop;        // [T], out: zeros
 } mythos_cuda_recurrent_input;
 
 int32_t mythos_cuda_recurrent_input_launch(const mythos_cuda_recurrent_input* input, void* stream);
@@ -233,6 +235,17 @@ typedef struct mythos_cuda_position_rows {
 } mythos_cuda_position_rows;
 
 int32_t mythos_cuda_position_rows_launch(const mythos_cuda_position_rows* rows, void* stream);
+
+// y[b, k] = x[b, positions[b, k]]. More letters: K positions of a sequence. A row that there is not is the nearest one that there is.
+typedef struct mythos_cuda_pick_rows {
+  uint32_t size;             // of this struct in bytes
+  int32_t batch, seq, count, dim;  // B, S, K, D
+  const int64_t* positions;  // [B, K]
+  const float* x;            // [B, S, D]
+  float* y;                  // [B, K, D], out
+} mythos_cuda_pick_rows;
+
+int32_t mythos_cuda_pick_rows_launch(const mythos_cuda_pick_rows* rows, void* stream);
 
 // y = parts of the same size one after another.
 typedef struct mythos_cuda_stack {

@@ -161,11 +161,17 @@ class Gpu {
     Launch(call, context, "GroupedQueryAttention");
   }
 
-  void Run(const RecurrentInputArgs& a, OrtKernelContext* context) const {
+  // The zeros in front of a first loop [T, D], [T], [T], or null.
+  struct Zeros {
+    float *result, *halted_mass;
+    int64_t* exit_loop;
+  };
+  void Run(const RecurrentInputArgs& a, OrtKernelContext* context, const Zeros& zeros = {}) const {
     mythos_cuda_recurrent_input call{};
     call.tokens = Int(a.tokens), call.dim = Int(a.dim), call.epsilon = a.epsilon;
     call.h = a.h, call.e = a.e, call.loop_signal = a.loop_signal, call.norm = a.norm, call.y = a.y;
-    Calls(context, "RecurrentInput").Launch(mythos_cuda_recurrent_input_launch, call);
+    call.result = zeros.result, call.halted_mass = zeros.halted_mass, call.exit_loop = zeros.exit_loop;
+    Calls(context, zeros.result == nullptr ? "RecurrentInput" : "RecurrentStart").Launch(mythos_cuda_recurrent_input_launch, call);
   }
 
   void Run(const RecurrentUpdateArgs& a, OrtKernelContext* context) const {

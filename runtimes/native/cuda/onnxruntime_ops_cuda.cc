@@ -88,6 +88,37 @@ struct StackRowsKernel {
   }
 };
 
+// Rows of x [B, S, D] at positions [B, K], as [B, K, D].
+struct PickRowsKernel {
+  PickRowsKernel(const OrtKernelInfo*, bool) {}
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const Input x = in.Next(), positions = in.Next();
+    Require(x.rank() == 3 && positions.rank() == 2 && positions.dim(0) == x.dim(0), "positions need a row a sequence");
+    mythos_cuda_pick_rows call{};
+    call.batch = Int(x.dim(0)), call.seq = Int(x.dim(1)), call.dim = Int(x.dim(2)), call.count = Int(positions.dim(1));
+    call.positions = positions.ints(), call.x = x.floats();
+    const int64_t shape[] = {x.shape()[0], positions.shape()[1], x.shape()[2]};
+    call.y = Output<float>(context, 0, shape, 3);
+    Calls(context, "PickRows").Launch(mythos_cuda_pick_rows_launch, call);
+  }
+};
+
+// What enters a first loop: RecurrentInput, and the zeros that the loop's end updates.
+struct RecurrentStartKernel : RecurrentInputKernel<Gpu> {
+  using RecurrentInputKernel<Gpu>::RecurrentInputKernel;
+
+  void Compute(OrtKernelContext* context) const {
+    Inputs in(context);
+    const RecurrentInputArgs a = Read(in, context);
+    const Input h = Inputs(context).Next();
+    const int64_t shape[] = {h.shape()[0], h.shape()[1], 1};
+    const Gpu::Zeros zeros{OutputLike(context, 1, h, a.dim), Output<float>(context, 2, shape, 3), Output<int64_t>(context, 3, shape, 3)};
+    if (a.tokens > 0) device.Run(a, context, zeros);
+  }
+};
+
 // The end of a loop and what enters the next one: RecurrentUpdate, and RecurrentInput of its next_h and e, whose loop_signal, norm and
 // loop follow the update's inputs.
 struct RecurrentUpdateInputKernel : RecurrentUpdateKernel<Gpu> {
@@ -117,6 +148,8 @@ class CudaRegistry : public Registry<Gpu> {
     for (const Type table : {kInt8, kInt4, kFloat8})
       for (const Type scales : {kFloat, kHalf}) AddAs<EmbeddingKernel>("QuantizedEmbedding", true, {kInt, table, scales}, {kFloat});
     Add<PositionRowsKernel>("PositionRows", false, {kInt, kInt, kFloat}, {kFloat});
+    Add<PickRowsKernel>("PickRows", false, {kFloat, kInt}, {kFloat});
+    Add<RecurrentStartKernel>("RecurrentStart", false, {kFloat, kFloat, kFloat, kFloat, OnHost(kInt)}, {kFloat, kFloat, kFloat, kInt});
     Add<RecurrentUpdateInputKernel>("RecurrentUpdateInput", false, Join({UpdateInputs(), {kFloat, kFloat, OnHost(kInt)}}),
                                     {kFloat, kFloat, kFloat, kInt, kFloat});
     for (const Type cache : Gpu::Caches()) Add<StackRowsKernel>("StackRows", false, {Variadic(cache)}, {cache});

@@ -61,6 +61,9 @@ __global__ void __launch_bounds__(kThreads) recurrent_input(mythos_cuda_recurren
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) sum.at[piece] *= factor * norm.at[piece];
     sum.store(a.y + row, a.dim);
+    if (a.result == nullptr) continue;
+    Channels<kPieces>{}.store(a.result + row, a.dim);
+    if (threadIdx.x == 0) a.halted_mass[token] = 0.0f, a.exit_loop[token] = 0;
   }
 }
 
@@ -196,6 +199,7 @@ extern "C" {
 
 __attribute__((visibility("default"))) int32_t mythos_cuda_recurrent_input_launch(const mythos_cuda_recurrent_input* a, void* stream) {
   if (a == nullptr || a->size < sizeof(*a) || a->tokens < 0 || a->dim <= 0 || a->dim > kAnyPieces * kThreads) return cudaErrorInvalidValue;
+  if ((a->result != nullptr) != (a->halted_mass != nullptr) || (a->result != nullptr) != (a->exit_loop != nullptr)) return cudaErrorInvalidValue;
   if (a->tokens == 0) return cudaSuccess;
   return with_pieces(a->dim, [&](auto pieces) {
     return launch_kernel(recurrent_input<pieces()>, std::min(a->tokens, kMostBlocks), kThreads, 0, static_cast<cudaStream_t>(stream), *a);
