@@ -71,7 +71,7 @@ def test_nothing_to_do(kind: str) -> None:
     """No tokens, no sequences: it is done, and writes nothing."""
     memory = blank(1 << 20, dtype=torch.uint8)
     counts = parse(VALID[kind]).keys() & {"tokens", "batch", "seq", "count", "slots"}
-    for name in counts or {"rows"}:
+    for name in counts - ({"seq"} if kind == "pick_rows" else set()) or {"rows"}:  # rows to pick from there must be
         call_over(memory, kind, f"{name}=0").run()
     assert bool((memory == 255).all())
 

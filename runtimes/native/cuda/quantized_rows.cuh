@@ -89,17 +89,24 @@ __device__ __forceinline__ float factor_of(const float* squares, int token, int 
   return inverse_rms(sum, width, epsilon);
 }
 
-// 16 bytes, zeros from `end` on (up to three bytes later where they are not aligned). inside: whether the first one lies before it.
+// Four bytes of which the first is aligned, zeros from `end` on: nothing behind it is read.
+__device__ __forceinline__ uint32_t load_four(const uint8_t* from, const uint8_t* end) {
+  if (from + 4 <= end) return __ldg(reinterpret_cast<const uint32_t*>(from));
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 3; ++i)
+    if (from + i < end) word |= uint32_t(from[i]) << 8 * i;
+  return word;
+}
+
+// 16 bytes, zeros from `end` on. inside: whether the first one lies before it.
 template <bool kAligned>
 __device__ __forceinline__ uint4 load_sixteen(const uint8_t* from, const uint8_t* end, bool inside) {
   if constexpr (kAligned) return inside ? __ldcs(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
   const uint32_t past = reinterpret_cast<uintptr_t>(from) % 4;
   uint32_t words[5];
 #pragma unroll
-  for (int i = 0; i < 5; ++i) {
-    const uint8_t* at = from - past + 4 * i;
-    words[i] = at < end ? __ldg(reinterpret_cast<const uint32_t*>(at)) : 0;
-  }
+  for (int i = 0; i < 5; ++i) words[i] = load_four(from - past + 4 * i, end);
   return {__funnelshift_r(words[0], words[1], 8 * past), __funnelshift_r(words[1], words[2], 8 * past),
           __funnelshift_r(words[2], words[3], 8 * past), __funnelshift_r(words[3], words[4], 8 * past)};
 }
