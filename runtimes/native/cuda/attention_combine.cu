@@ -36,7 +36,7 @@ __device__ __forceinline__ void combine_parts(const Shape& n, const Partial& par
       for (int i = 0; i < kChannels; ++i) sum[i] = early[i] * factors[warp];
       part += kWarps;
     }
-#pragma unroll 8
+#pragma unroll 4
     for (; part < n.parts; part += kWarps) {
       const float factor = factors[part];
       const float* row = parts.sums + (at + part) * n.value_dim + channel;
