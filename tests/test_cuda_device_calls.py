@@ -129,21 +129,31 @@ def test_a_graph_replays_them() -> None:
 @pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("groups", [0, 2])
 def test_rows_and_lengths_of_the_kernels_right_before(groups: int, cache_dtype: str) -> None:
-    """Steps one behind the other give what they do with waits between: rows are read before the kernels in front have ended."""
-    steps, width = 60, 80 if groups == 0 else 2 * groups * 32
-    sizes = parse("batch=2 seq=1 n_heads=4 capacity=300")
-    sizes |= parse(f"n_kv_heads={groups} v_head_dim=32" if groups else "nope=16 rope=16 rank=64 v_head_dim=16", None)
-    columns = (4 + 2 * groups) * 32 if groups else 4 * 32
-    half = 16 if groups else 8
-    given = {"w_uk": normal(4, 64, 16), "w_uv": normal(4, 16, 64), "kv_norm": norm_weight(64)}
-    inputs = [
-        {"q": normal(2, columns), "kv": normal(2, 80), "cos": normal(2, half), "sin": normal(2, half)}
-        for _ in range(steps)
-    ]
-    filled, lengths = normal(2, 300, width, dtype=cache_dtype), torch.tensor([1, 130], device="cuda")
+    """Steps one behind the other give what they do with waits between: rows are read before the kernels in front have ended. So
+    many sequences that a block has several steps of rows."""
+    batch, capacity, steps, heads = 32, 1200, 20, 4
+    width, out = (2 * groups * 32, 32) if groups else (64 + 16, 16)
+    head, half = (32, 16) if groups else (16 + 16, 8)
+    sizes = parse(f"batch={batch} seq=1 n_heads={heads} capacity={capacity}")
+    sizes |= parse(f"n_kv_heads={groups} v_head_dim=32" if groups else "nope=16 rope=16 rank=64 v_head_dim=16")
+    given = {"w_uk": normal(heads, 64, 16), "w_uv": normal(heads, 16, 64), "kv_norm": norm_weight(64)}
+    widths = {"q": (heads + 2 * groups) * head, "kv": 80, "cos": half, "sin": half}
+    inputs = [{name: normal(batch, columns) for name, columns in widths.items()} for _ in range(steps)]
+    filled, lengths = normal(batch, capacity, width, dtype=cache_dtype), torch.arange(batch, device="cuda") * 36
     rows, past_len, counts = filled.clone(), lengths.clone(), torch.ones_like(lengths)
-    results = [blank(2, 4 * (32 if groups else 16)) for _ in range(steps)]
-    new_kv = blank(2, width, dtype=rows.dtype)
+    results, new_kv = [blank(batch, heads * out) for _ in range(steps)], blank(batch, width, dtype=rows.dtype)
+    cache = {"past_len": past_len, "counts": counts}
+    step_end = [
+        Call(
+            "append",
+            slots=1,
+            **parse(f"batch={batch} seq=1 capacity={capacity} row_bytes={2 * width}"),
+            new_rows=new_kv,
+            rows=rows,
+            **cache,
+        ),
+        Call("advance", batch=batch, **cache),
+    ]
     calls = []
     for own, y in zip(inputs, results, strict=True):
         fields = {
@@ -155,18 +165,7 @@ def test_rows_and_lengths_of_the_kernels_right_before(groups: int, cache_dtype: 
             "scale": 0.1,
             "epsilon": 1e-6,
         }
-        calls += [
-            Call("attention", **fields, past=rows, past_len=past_len, y=y, new_kv=new_kv),
-            Call(
-                "append",
-                **parse(f"slots=1 batch=2 seq=1 capacity=300 row_bytes={2 * width}"),
-                new_rows=new_kv,
-                rows=rows,
-                past_len=past_len,
-                counts=counts,
-            ),
-            Call("advance", batch=2, past_len=past_len, counts=counts),
-        ]
+        calls += [Call("attention", **fields, past=rows, past_len=past_len, y=y, new_kv=new_kv), *step_end]
     for call in calls:
         call.run()
     want = [y.clone() for y in results]
@@ -177,5 +176,4 @@ def test_rows_and_lengths_of_the_kernels_right_before(groups: int, cache_dtype: 
             y.zero_()
         assert [call.enqueue() for call in calls] == [0] * len(calls)
         torch.cuda.synchronize()
-        for got, expected in zip(results, want, strict=True):
-            assert torch.equal(got, expected)
+        assert all(torch.equal(got, expected) for got, expected in zip(results, want, strict=True))

@@ -109,7 +109,10 @@ __global__ void __launch_bounds__(kWarps * 32)
       if constexpr (kEarly) {
         load(0, Copied::kFresh);
         if (now != length) {
-          if (first_row < end_row) stages.wait(0), turn = kStages;
+          if (first_row < end_row) {  // the ring begins a second turn
+            stages.wait(0), turn = kStages;
+            for (int skipped = 1; skipped < kStages; ++skipped) stages.skip(skipped);
+          }
           stages.settle();
           __syncthreads();
           find_rows(now), load(0, Copied::kAll);

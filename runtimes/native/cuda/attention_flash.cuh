@@ -240,6 +240,13 @@ class Stages {
 #endif
   }
 
+  // A step without rows, for which nobody waits.
+  __device__ __forceinline__ void skip(int step) const {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barriers_ + step % kStages * 8) : "memory");
+#endif
+  }
+
   // Before copies into a stage that this thread has written to itself.
   __device__ __forceinline__ void settle() const {
 #if __CUDA_ARCH__ >= 900
