@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from cuda_header import DTYPES, STRUCTS
+from hypothesis import settings
 
 from runtimes.native_library import library_path
 
@@ -27,7 +28,13 @@ DEVICE = "cuda"
 QUICK = os.environ.get("MYTHOS_TEST_QUICK", "0") != "0"
 FLOATS = ("float32", "float16", "bfloat16")
 LIMITS = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}  # of an error, by the dtype of what is multiplied with
+RANDOM = settings(max_examples=3 if QUICK else 40, deadline=None, derandomize=True)
 _GUARD = 256  # bytes behind what a kernel writes
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 def some(cases: Sequence[Any], quick: int = 3) -> Sequence[Any]:
