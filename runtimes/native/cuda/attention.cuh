@@ -34,7 +34,7 @@ struct Shape {
 
 // What a cache's numbers are multiplied as on tensor cores.
 template <typename C>
-using Multiplied = std::conditional_t<std::is_same_v<C, int8_t>, __half, C>;
+using CacheNumber = std::conditional_t<std::is_same_v<C, int8_t>, __half, C>;
 
 // All sequences' rows, cached ones [B, C, W] and new ones [T, W]; of int8 ones the scales as well, [B, C] and [T].
 template <typename C>

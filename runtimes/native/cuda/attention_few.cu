@@ -11,7 +11,7 @@ constexpr int kStages = 2;
 // A step's rows in shared memory, and what warps tell each other.
 template <typename C, int kWarps>
 struct Block {
-  using Number = Multiplied<C>;
+  using Number = CacheNumber<C>;
   static constexpr int kRows = kWarps * 16, kWeightPitch = kRows + 8;
   using Ring = StagesOf<C, kRows, 16, kWarps, kStages>;
   Number *query, *weights, *stages;  // [kQueries, X], [kQueries, kRows], the ring's
@@ -42,9 +42,9 @@ __device__ __forceinline__ void prefetch_rows(const Shape& n, const Rows<C>& row
 // launch reads it from memory, and runs most of it once.
 template <typename C, int kWarps, int kPairs>
 __global__ void __launch_bounds__(kWarps * 32)
-    attend_few_rows(Shape n, const Multiplied<C>* queries, AllRows<C> cache, const int64_t* past_len, Partial out) {
+    attend_few_rows(Shape n, const CacheNumber<C>* queries, AllRows<C> cache, const int64_t* past_len, Partial out) {
   using Memory = Block<C, kWarps>;
-  using Number = Multiplied<C>;
+  using Number = CacheNumber<C>;
   constexpr int kRows = Memory::kRows;
   constexpr const Number* kType = nullptr;
   // Int8 rows leave their stage before they are read, so that more steps are on their way.
@@ -260,7 +260,7 @@ cudaError_t launch(const mythos_cuda_attention& a, const Shape& n, const Attenti
     if (bytes > size_t(most_shared)) return launch<C, kWarps / 2, kPairs * 2>(a, n, w, most_shared, stream);
   const dim3 blocks(n.parts, ceil_div(n.queries(), kQueries) * n.groups, n.batch);
   return launch_kernel(attend_few_rows<C, kWarps, kPairs>, blocks, kWarps * 32, bytes, stream, n,
-                       static_cast<const Multiplied<C>*>(w.queries), AllRows<C>(a), a.past_len, w.parts);
+                       static_cast<const CacheNumber<C>*>(w.queries), AllRows<C>(a), a.past_len, w.parts);
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ using Ring = StagesOf<C, kRows, kKeys, kWarps, kStages>;
 // have the same queries, and share the channels of the values out among themselves.
 template <typename C, int kPieces, int kSharers, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32)
-    attend_many_rows(Shape n, const Multiplied<C>* queries, AllRows<C> cache, const int64_t* past_len, Partial out) {
-  using Number = Multiplied<C>;
+    attend_many_rows(Shape n, const CacheNumber<C>* queries, AllRows<C> cache, const int64_t* past_len, Partial out) {
+  using Number = CacheNumber<C>;
   constexpr bool kInt8 = std::is_same_v<C, int8_t>;
   constexpr int kThreads = kWarps * 32, kBlockQueries = kQueries * kWarps / kSharers;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -91,12 +91,12 @@ template <typename C, int kPieces, int kSharers, int kWarps>
 cudaError_t launch(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, int most_shared, cudaStream_t stream) {
   constexpr int kBlockQueries = kQueries * kWarps / kSharers;
   const Pitches pitch(n, kRows);
-  const size_t bytes = kBlockQueries * pitch.key * sizeof(Multiplied<C>) + Ring<C, kWarps>::bytes(pitch);
+  const size_t bytes = kBlockQueries * pitch.key * sizeof(CacheNumber<C>) + Ring<C, kWarps>::bytes(pitch);
   if constexpr (kWarps > 2)
     if (bytes > size_t(most_shared)) return launch<C, kPieces, kSharers, kWarps / 2>(a, n, w, most_shared, stream);
   const dim3 blocks(n.parts, ceil_div(n.queries(), kBlockQueries), n.batch * n.groups);
   return launch_kernel(attend_many_rows<C, kPieces, kSharers, kWarps>, blocks, kWarps * 32, bytes, stream, n,
-                       static_cast<const Multiplied<C>*>(w.queries), AllRows<C>(a), a.past_len, w.parts);
+                       static_cast<const CacheNumber<C>*>(w.queries), AllRows<C>(a), a.past_len, w.parts);
 }
 
 }  // namespace

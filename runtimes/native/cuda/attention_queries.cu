@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) latent_few(mythos_cuda_attention a, 
 // The same without the products: the turned part, the part that w_uk is multiplied with rounded to its dtype [T, H, N], and new
 // rows. Blocks: (H + 1, T).
 template <typename W, typename C>
-__global__ void __launch_bounds__(kThreads) latent_many(mythos_cuda_attention a, Multiplied<C>* queries, W* rounded) {
+__global__ void __launch_bounds__(kThreads) latent_many(mythos_cuda_attention a, CacheNumber<C>* queries, W* rounded) {
   __shared__ float scratch[kWarps];
   wait_for_previous();
   const int token = blockIdx.y, head = blockIdx.x;
@@ -254,7 +254,7 @@ cudaError_t make_queries(const mythos_cuda_attention& a, const Shape& n, const W
     return make<W, C>(a, n, static_cast<float*>(w.queries), stream);
   } else {
     if (!ways.tensor_cores) return make<W, C>(a, n, static_cast<float*>(w.queries), stream);
-    using Query = Multiplied<C>;
+    using Query = CacheNumber<C>;
     Query* queries = static_cast<Query*>(w.queries);
     if constexpr (!std::is_same_v<W, float>)
       if (ways.many_tokens) {
