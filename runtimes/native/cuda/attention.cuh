@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cfloat>
+#include <climits>
 
 #include "experts.cuh"
 #include "numbers.cuh"
@@ -19,6 +20,7 @@ struct Shape {
   float scale;
 
   __host__ __device__ int queries() const { return seq * heads; }  // of a sequence and group
+  bool has_many_parts() const { return parts >= 48; }  // so that there are blocks on many multiprocessors
   // Of the rows' scales, which lie as rows of one number do.
   __device__ __forceinline__ Shape of_scales() const {
     Shape n = *this;
@@ -73,6 +75,12 @@ struct Rows {
     if (row >= cached) return fresh + (row - cached) * width;
     const int at = first + row;
     return past + (at < capacity ? at : at - capacity) * width;
+  }
+  // How many rows from this one on lie one behind the other.
+  __device__ __forceinline__ int together(int row) const {
+    if (row >= cached) return INT_MAX;
+    const int at = first + row;
+    return min(cached - row, (at < capacity ? capacity : 2 * capacity) - at);
   }
   // The first row that new token s sees, and the one behind its last.
   __device__ __forceinline__ int first_seen(const Shape& n, int s) const { return n.window > 0 ? max(0, cached + s + 1 - n.window) : 0; }

@@ -242,7 +242,7 @@ cudaError_t make(const mythos_cuda_attention& a, const Shape& n, Query* queries,
   if (a.n_kv_heads > 0) return launch_kernel(grouped<C, Query>, dim3(a.n_heads + rows, tokens), kThreads, 0, stream, a, n, queries);
   const dim3 blocks(ceil_div(a.rank, kBlockRows), a.n_heads + 1, tokens);
   return with_piece(a.nope, [&](auto piece) {
-    return launch_kernel(latent_few<W, C, Query, piece()>, blocks, kThreads, a.nope * sizeof(float), stream, a, queries);
+    return launch_kernel({1, n.has_many_parts()}, latent_few<W, C, Query, piece()>, blocks, kThreads, a.nope * sizeof(float), stream, a, queries);
   });
 }
 

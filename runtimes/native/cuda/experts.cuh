@@ -57,6 +57,6 @@ inline Sizes sizes_of(const mythos_cuda_experts& e) { return {e.tokens, e.dim, e
 // A choice that is none of the experts must not lead outside their stack.
 __device__ __forceinline__ int clamp_expert(int expert, const Sizes& n) { return min(max(expert, 0), n.routed - 1); }
 
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace mythos::cuda

@@ -25,6 +25,8 @@ int capability() {
 
 bool overlaps_launches() { return capability() >= 90; }
 
+bool has_clusters() { return capability() >= 90; }
+
 bool has_wgmma() {
 #ifdef MYTHOS_CUDA_WGMMA
   return capability() == 90;

@@ -60,28 +60,55 @@ __device__ __forceinline__ void prefetch_share(const void* from, int64_t bytes, 
   if (first < bytes) prefetch(static_cast<const char*>(from) + first, min(share, bytes - first));
 }
 
-// Whether the current device overlaps launches, and whether it runs this library's code for sm_90a; asked once a device.
+// Whether the current device overlaps launches, has clusters of blocks, and runs this library's code for sm_90a; asked once a device.
 bool overlaps_launches();
+bool has_clusters();
 bool has_wgmma();
 // The most shared memory of a block on the current device.
 cudaError_t most_shared_bytes(int* bytes);
 
+// What a launch may ask for. cluster: blocks side by side in x that share their shared memory; more than one where has_clusters().
+// beside_large: kernels that want much shared memory start beside it. A multiprocessor parts its memory anew only when nothing runs on it:
+// one that wants much would wait for the end of one that wants little.
+struct Launch {
+  int cluster = 1;
+  bool beside_large = false;
+};
+
 // bytes: of dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t bytes, cudaStream_t stream,
-                          Arguments&&... arguments) {
+cudaError_t launch_kernel(const Launch& how, void (*kernel)(Parameters...), dim3 blocks, int threads, size_t bytes, cudaStream_t stream,
+                            Arguments&&... arguments) {
   constexpr size_t kAlwaysThere = 48 * 1024;
   if (bytes > kAlwaysThere) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
-  config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
-  config.attrs = &overlap, config.numAttrs = overlaps_launches() ? 1 : 0;
+  config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream, config.attrs = attributes;
+  if (overlaps_launches()) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (how.beside_large) {
+    cudaLaunchAttribute& shared = attributes[config.numAttrs++];
+    shared.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    shared.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+  }
+  if (how.cluster > 1) {
+    cudaLaunchAttribute& together = attributes[config.numAttrs++];
+    together.id = cudaLaunchAttributeClusterDimension;
+    together.val.clusterDim.x = how.cluster, together.val.clusterDim.y = 1, together.val.clusterDim.z = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t bytes, cudaStream_t stream,
+                          Arguments&&... arguments) {
+  return launch_kernel(Launch(), kernel, blocks, threads, bytes, stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace mythos::cuda

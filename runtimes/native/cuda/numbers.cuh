@@ -104,11 +104,13 @@ __device__ __forceinline__ float sum_of_warp(float value) {
   return value;
 }
 
-// Of eight values at a time: lanes 4 i to 4 i + 3 get the sum of values[i].
-__device__ __forceinline__ float sums_of_warp(float (&values)[8]) {
+// Of kCount values at a time, two to sixteen: lanes from 32 / kCount i on get the sum of values[i].
+template <int kCount>
+__device__ __forceinline__ float sums_of_warp(float (&values)[kCount]) {
+  constexpr int kLanes = 32 / kCount;
 #pragma unroll
-  for (int count = 4; count > 0; count /= 2) {
-    const int distance = 4 * count;
+  for (int count = kCount / 2; count > 0; count /= 2) {
+    const int distance = kLanes * count;
     const bool upper = threadIdx.x & distance;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -118,7 +120,7 @@ __device__ __forceinline__ float sums_of_warp(float (&values)[8]) {
   }
   float sum = values[0];
 #pragma unroll
-  for (int distance = 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
   return sum;
 }
 
