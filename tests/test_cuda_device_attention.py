@@ -138,7 +138,10 @@ ATTENTIONS = [
     Attention(300, 16, 0, 64, 32, 256, 64, 512, 0, [0]),
     Attention(5, 4, 2, 0, 0, 0, 32, 0, 0, [0]),
     Attention(70, 16, 0, 128, 64, 512, 128, 200, 0, [150]),
-    Attention(1, 16, 0, 64, 32, 256, 64, 9000, 0, [8990]),  # from here on, of many parts
+]
+# Whose parts several blocks put together, or many.
+LONG = [
+    Attention(1, 16, 0, 64, 32, 256, 64, 9000, 0, [8990]),
     Attention(1, 5, 0, 20, 16, 272, 130, 7000, 0, [6900, 12]),
     Attention(1, 3, 0, 8, 6, 41, 7, 6500, 0, [6400]),
     Attention(2, 8, 1, 0, 0, 0, 64, 20000, 0, [19000]),
@@ -149,12 +152,18 @@ PAIRS += [(dtype, "int8") for dtype in ("float16", "bfloat16", "float32")]
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), PAIRS)
-@pytest.mark.parametrize("attention", [*some(ATTENTIONS[:-4], 4), *ATTENTIONS[-4:]], ids=str)
+@pytest.mark.parametrize("attention", some(ATTENTIONS, 4), ids=str)
 def test_attention(dtype: str, cache_dtype: str, attention: Attention) -> None:
     check_attention(dtype, cache_dtype, attention)
 
 
-@pytest.mark.parametrize("attention", [*some(ATTENTIONS[:-4], 4), *ATTENTIONS[-4:]], ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), some(PAIRS, 2))
+@pytest.mark.parametrize("attention", some(LONG, 1), ids=str)
+def test_attention_of_many_rows(dtype: str, cache_dtype: str, attention: Attention) -> None:
+    check_attention(dtype, cache_dtype, attention)
+
+
+@pytest.mark.parametrize("attention", some(ATTENTIONS, 4), ids=str)
 def test_attention_of_a_fixed_row_scale(attention: Attention) -> None:
     """Numbers beyond 2.54 are cut off."""
     check_attention("float16", "int8", attention, row_scale=0.02)
