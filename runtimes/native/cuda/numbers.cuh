@@ -158,4 +158,15 @@ __device__ __forceinline__ float inverse_rms(float squares, int width, float eps
   return rsqrtf(__fdividef(squares, float(width)) + epsilon);
 }
 
+// What sums of products with a token of `width` numbers are to be multiplied with: 1 / rms where there is a norm. squares: [tokens, kWarps],
+// of each warp's share.
+template <int kWarps>
+__device__ __forceinline__ float factor_of(const float* squares, int token, int width, const float* norm, float epsilon) {
+  if (norm == nullptr) return 1.0f;
+  float sum = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += squares[token * kWarps + warp];
+  return inverse_rms(sum, width, epsilon);
+}
+
 }  // namespace mythos::cuda

@@ -79,16 +79,6 @@ __device__ __forceinline__ void fill_planes(__nv_bfloat16* planes, const float* 
   }
 }
 
-// 1 / rms of a token in planes where there is a norm (arXiv 1910.07467).
-template <int kWarps>
-__device__ __forceinline__ float factor_of(const float* squares, int token, int width, const float* norm, float epsilon) {
-  if (norm == nullptr) return 1.0f;
-  float sum = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) sum += squares[token * kWarps + warp];
-  return inverse_rms(sum, width, epsilon);
-}
-
 // Four bytes of which the first is aligned, zeros from `end` on: nothing behind it is read.
 __device__ __forceinline__ uint32_t load_four(const uint8_t* from, const uint8_t* end) {
   if (from + 4 <= end) return __ldg(reinterpret_cast<const uint32_t*>(from));

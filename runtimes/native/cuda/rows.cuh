@@ -70,13 +70,8 @@ class SharedTokens {
     }
   }
 
-  // What sums of products with a token are to be multiplied with: 1 / rms where there is a norm.
   __device__ __forceinline__ float factor(int token, const float* norm, float epsilon) const {
-    if (norm == nullptr) return 1.0f;
-    float squares = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < kRowWarps; ++warp) squares += squares_[token * kRowWarps + warp];
-    return inverse_rms(squares, width_, epsilon);
+    return factor_of<kRowWarps>(squares_, token, width_, norm, epsilon);
   }
 
   __device__ __forceinline__ void operator()(int token, int k, float (&x)[kPiece]) const {
