@@ -92,6 +92,24 @@ struct Slot {
   float weight;
 };
 
+// Where a shared expert's first products of a token are.
+__device__ __forceinline__ const __nv_bfloat16* inner_of_shared(const Sizes& n, const __nv_bfloat16* inner, int token, int expert) {
+  return inner + (int64_t(n.tokens) * (n.top_k + expert) + token) * 2 * plane_of(n.expert_dim);
+}
+
+// A token's experts, shared ones first, by the whole block.
+__device__ __forceinline__ void fill_slots(const Sizes& n, int token, int d0, const int32_t* chosen, const float* weight,
+                                           const QuantizedStack& routed, const QuantizedStack& shared, const __nv_bfloat16* inner,
+                                           Slot* slots) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n.shared + n.top_k; i += kOuterThreads) {
+    const bool is_shared = i < n.shared;
+    const int pair = token * n.top_k + i - n.shared, expert = is_shared ? i : clamp_expert(chosen[pair], n);
+    slots[i] = {RowsFrom(is_shared ? shared : routed, int64_t(expert) * n.dim + d0),
+                is_shared ? inner_of_shared(n, inner, token, i) : inner + int64_t(pair) * 2 * plane_of(n.expert_dim), is_shared ? 1.0f : weight[pair]};
+  }
+}
+
 // mixed [T, D]: blocks are (tokens, tiles of sixteen rows of D). Warps share out the steps of all of a token's experts, the shared ones
 // first; the sum has one order.
 template <typename Q, typename S, bool kAligned>
@@ -118,7 +136,6 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
   const bool writes = threadIdx.x < kTileRows && d0 + threadIdx.x < n.dim;
   const int64_t to = int64_t(token) * n.dim + d0 + threadIdx.x;
   const float added = writes && residual != nullptr ? residual[to] : 0.0f;
-  const auto inner_of_shared = [&](int expert) { return inner + (int64_t(n.tokens) * (n.top_k + expert) + token) * 2 * plane; };
   const bool mine = lane / 4 % 4 == lane % 4;
   uint4 x[2][kUnits];  // of this step and of the next
   const auto read_from = [&](uint4 (&to)[kUnits], const __nv_bfloat16* planes, int step) {
@@ -126,14 +143,8 @@ __global__ void __launch_bounds__(kOuterThreads, 1)
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) to[unit] = mine ? __ldcg(from + unit) : uint4{0, 0, 0, 0};
   };
-  if (at.tile < n.shared) read_from(x[0], inner_of_shared(at.tile), at.step);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < experts; i += kOuterThreads) {
-    const bool is_shared = i < n.shared;
-    const int pair = token * n.top_k + i - n.shared, expert = is_shared ? i : clamp_expert(chosen[pair], n);
-    slots[i] = {RowsFrom(is_shared ? shared : routed, int64_t(expert) * n.dim + d0),
-                is_shared ? inner_of_shared(i) : inner + int64_t(pair) * 2 * plane, is_shared ? 1.0f : weight[pair]};
-  }
+  if (at.tile < n.shared) read_from(x[0], inner_of_shared(n, inner, token, at.tile), at.step);
+  fill_slots(n, token, d0, chosen, weight, routed, shared, inner, slots);
   __syncthreads();
   const auto load = [&](int i, const Cursor& from) {
     if (from.tile < experts) loaded[i][0].load(shared, slots[from.tile].rows, 0, last, from.step);
