@@ -290,11 +290,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     const Number *keys = step < 0 ? at.query : stages.at(step), *values = pitch.inside || step < 0 ? keys : keys + kRows * pitch.key;
     float scores[2][4] = {};
     if (own < count) sums.score(at.query, keys + own * pitch.key, pitch.key, step < 0 ? sums.kBoth : n.key_dim, scores);
-    const auto weighed = [&] {
-      if constexpr (kInt8) return stages.weighing(own);
-      else return Alike{scale};
-    }();
-    sums.weigh(at, scores, from + own, first, end, weighed);
+    if constexpr (kInt8) sums.weigh(at, scores, from + own, first, end, stages.weighing(own));
+    else sums.weigh(at, scores, from + own, first, end, Alike{scale});
     __syncthreads();
     if (sums.first_channel() < n.value_dim) sums.add(at, values, pitch.value, count);
     __syncthreads();
