@@ -20,7 +20,7 @@ struct Shape {
   float scale;
 
   __host__ __device__ int queries() const { return seq * heads; }  // of a sequence and group
-  bool has_many_parts() const { return parts >= 48; }  // so that there are blocks on many multiprocessors
+  bool has_many_parts() const { return parts >= 48; }  // of a long context: blocks on many multiprocessors, much to put together
   // Of the rows' scales, which lie as rows of one number do.
   __device__ __forceinline__ Shape of_scales() const {
     Shape n = *this;

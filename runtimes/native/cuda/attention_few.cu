@@ -201,6 +201,13 @@ struct Sixteen {
   }
 };
 
+// Asks for up to `most` of the cached rows [from, to), shared out among the blocks that read them.
+template <typename C>
+__device__ __forceinline__ void prefetch_rows(const Shape& n, const Rows<C>& rows, int from, int to, int most) {
+  const int count = min(min(to, rows.cached) - from, most);
+  if (count > 0) prefetch_share(rows[from], int64_t(min(count, rows.together(from))) * n.width * sizeof(C), blockIdx.y, gridDim.y);
+}
+
 // Blocks: (P, sixteens of a group's queries times G, B). Code is kept short: each launch reads it from memory, and runs most of it once.
 template <typename C, int kWarps, int kPairs>
 __global__ void __launch_bounds__(kWarps * 32)

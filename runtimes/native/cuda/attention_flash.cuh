@@ -3,7 +3,6 @@
 #pragma once
 
 #include "attention.cuh"
-#include "launch.cuh"
 #include "tiles.cuh"
 
 namespace mythos::cuda {
@@ -155,13 +154,6 @@ __device__ __forceinline__ void copy_queries(const Shape& n, const C* queries, i
 
 // Which rows of a stage are copied: those in the cache may be before the new ones are there.
 enum class Copied { kAll, kCached, kFresh };
-
-// Asks for up to `most` of the cached rows [from, to), shared out among the blocks that read them.
-template <typename C>
-__device__ __forceinline__ void prefetch_rows(const Shape& n, const Rows<C>& rows, int from, int to, int most) {
-  const int count = min(min(to, rows.cached) - from, most);
-  if (count > 0) prefetch_share(rows[from], int64_t(min(count, rows.together(from))) * n.width * sizeof(C), blockIdx.y, gridDim.y);
-}
 
 // A ring of kStages stages of kRows rows, read kUnit at a time, filled while earlier ones are read: by bulk copies, a lane a row
 // (compute capability 9.0 and later), else by a warp a row.

@@ -57,13 +57,6 @@ class Delivery {
                  : "memory");
 #endif
   }
-  __device__ __forceinline__ void send(uint32_t own, int rank, float2 pair) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address_in_block(own, rank)),
-                 "f"(pair.x), "f"(pair.y), "r"(address_in_block(barrier_, rank))
-                 : "memory");
-#endif
-  }
   __device__ __forceinline__ void wait() const {
 #if __CUDA_ARCH__ >= 900
     asm volatile(

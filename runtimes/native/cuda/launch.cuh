@@ -78,7 +78,7 @@ struct Launch {
 // bytes: of dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(const Launch& how, void (*kernel)(Parameters...), dim3 blocks, int threads, size_t bytes, cudaStream_t stream,
-                            Arguments&&... arguments) {
+                          Arguments&&... arguments) {
   constexpr size_t kAlwaysThere = 48 * 1024;
   if (bytes > kAlwaysThere) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
