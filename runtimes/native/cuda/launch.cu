@@ -35,6 +35,15 @@ bool has_wgmma() {
 #endif
 }
 
+bool takes_carveouts() {
+  constexpr int kFirstDriver = 12050;
+  static const bool known = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= kFirstDriver;
+  }();
+  return known && overlaps_launches();
+}
+
 cudaError_t most_shared_bytes(int* bytes) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);

@@ -64,6 +64,8 @@ __device__ __forceinline__ void prefetch_share(const void* from, int64_t bytes, 
 bool overlaps_launches();
 bool has_clusters();
 bool has_wgmma();
+// Whether a launch on it may say how a multiprocessor's memory is parted: asked for where launches overlap, known to drivers of CUDA 12.5.
+bool takes_carveouts();
 // The most shared memory of a block on the current device.
 cudaError_t most_shared_bytes(int* bytes);
 
@@ -92,11 +94,13 @@ cudaError_t launch_kernel(const Launch& how, void (*kernel)(Parameters...), dim3
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
   }
-  if (how.beside_large) {
+#if CUDART_VERSION >= 12050
+  if (how.beside_large && takes_carveouts()) {
     cudaLaunchAttribute& shared = attributes[config.numAttrs++];
     shared.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
     shared.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   }
+#endif
   if (how.cluster > 1) {
     cudaLaunchAttribute& together = attributes[config.numAttrs++];
     together.id = cudaLaunchAttributeClusterDimension;
