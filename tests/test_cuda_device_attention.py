@@ -142,6 +142,13 @@ ATTENTIONS = [
 # Whose parts several blocks put together, or many.
 LONG = [
     Attention(1, 16, 0, 64, 32, 256, 64, 9000, 0, [8990]),
+    Attention(2, 12, 0, 16, 16, 192, 16, 9000, 7000, [8000]),  # 24 queries, of two blocks
+    Attention(2, 12, 0, 16, 16, 192, 16, 9000, 7000, [50003]),  # the window begins anew in a part
+    Attention(3, 5, 0, 16, 48, 320, 16, 16500, 0, [16487]),
+    Attention(1, 16, 0, 128, 64, 512, 128, 40000, 0, [39990]),
+    Attention(1, 16, 0, 64, 32, 256, 64, 140000, 0, [139990]),
+    Attention(1, 4, 0, 16, 0, 64, 16, 30000, 0, [3, 29000]),
+    Attention(1, 16, 0, 64, 32, 256, 64, 9000, 0, [0]),
     Attention(1, 5, 0, 20, 16, 272, 130, 7000, 0, [6900, 12]),
     Attention(1, 3, 0, 8, 6, 41, 7, 6500, 0, [6400]),
     Attention(2, 8, 1, 0, 0, 0, 64, 20000, 0, [19000]),

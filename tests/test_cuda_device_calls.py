@@ -127,11 +127,11 @@ def test_a_graph_replays_them() -> None:
 
 
 @pytest.mark.parametrize("cache_dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("groups", [0, 2])
-def test_rows_and_lengths_of_the_kernels_right_before(groups: int, cache_dtype: str) -> None:
+@pytest.mark.parametrize(("groups", "batch", "capacity"), [(0, 32, 1200), (2, 32, 1200), (0, 1, 40000), (0, 2, 9000)])
+def test_rows_and_lengths_of_the_kernels_right_before(groups: int, batch: int, capacity: int, cache_dtype: str) -> None:
     """Steps one behind the other give what they do with waits between: rows are read before the kernels in front have ended. So
-    many sequences that a block has several steps of rows."""
-    batch, capacity, steps, heads = 32, 1200, 20, 4
+    many sequences, or so long ones, that a block has several steps of rows."""
+    steps, heads = 20, 4
     width, out = (2 * groups * 32, 32) if groups else (64 + 16, 16)
     head, half = (32, 16) if groups else (16 + 16, 8)
     sizes = parse(f"batch={batch} seq=1 n_heads={heads} capacity={capacity}")
@@ -139,7 +139,8 @@ def test_rows_and_lengths_of_the_kernels_right_before(groups: int, cache_dtype: 
     given = {"w_uk": normal(heads, 64, 16), "w_uv": normal(heads, 16, 64), "kv_norm": norm_weight(64)}
     widths = {"q": (heads + 2 * groups) * head, "kv": 80, "cos": half, "sin": half}
     inputs = [{name: normal(batch, columns) for name, columns in widths.items()} for _ in range(steps)]
-    filled, lengths = normal(batch, capacity, width, dtype=cache_dtype), torch.arange(batch, device="cuda") * 36
+    filled = normal(batch, capacity, width, dtype=cache_dtype)
+    lengths = capacity - 30 - torch.arange(batch, device="cuda") * 36
     rows, past_len, counts = filled.clone(), lengths.clone(), torch.ones_like(lengths)
     results, new_kv = [blank(batch, heads * out) for _ in range(steps)], blank(batch, width, dtype=rows.dtype)
     cache = {"past_len": past_len, "counts": counts}

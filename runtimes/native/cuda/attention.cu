@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "tiles.cuh"
 
 namespace mythos::cuda {
@@ -52,7 +53,9 @@ cudaError_t launch(const mythos_cuda_attention& a, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if constexpr (std::is_same_v<C, float>) error = attend_plainly<C>(a, n, w, stream);
   else if (!ways.tensor_cores) error = attend_plainly<C>(a, n, w, stream);
-  else error = ways.many_queries ? attend_many<C>(a, n, w, stream) : attend_few<C>(a, n, w, stream);
+  else if (ways.many_queries) error = attend_many<C>(a, n, w, stream);
+  else if constexpr (std::is_same_v<C, int8_t>) error = attend_few<C>(a, n, w, stream);
+  else error = ways.wide_tiles ? attend_latents_few<C>(a, n, w, stream) : attend_few<C>(a, n, w, stream);
   return error != cudaSuccess ? error : put_together<W>(a, n, ways, w, stream);
 }
 
@@ -91,6 +94,10 @@ Ways ways_of(const mythos_cuda_attention& a, const Shape& n) {
   ways.many_queries = ways.tensor_cores && n.queries() >= kManyQueries;
   ways.many_tokens = ways.tensor_cores && a.n_kv_heads == 0 && a.dtype != MYTHOS_CUDA_FLOAT32 && a.batch * a.seq >= kManyTokens &&
                      a.nope % kPiece == 0 && a.rank % kPiece == 0;
+  // Several tiles fit into shared memory, and the order of scores is that of weights. Shorter contexts were no faster for it.
+  const bool fits = a.rank % 64 == 0 && n.key_dim <= 640 && a.cache_dtype != MYTHOS_CUDA_INT8 && a.scale > 0.0f;
+  ways.wide_tiles = ways.tensor_cores && !ways.many_queries && a.n_kv_heads == 0 && fits && n.has_many_parts() && has_wgmma() &&
+                    tensor_map_encoder() != nullptr;
   return ways;
 }
 

@@ -145,6 +145,7 @@ struct Ways {
   bool tensor_cores;  // keys of whole sixteens; else float32 on any sizes
   bool many_queries;  // blocks of queries of several tokens share the rows they read
   bool many_tokens;   // latent attention's products with w_uk and w_uv are tiles
+  bool wide_tiles;    // few queries of latents are compared with 64 rows at a time (wgmma)
 };
 Ways ways_of(const mythos_cuda_attention& a, const Shape& n);
 
@@ -153,6 +154,8 @@ cudaError_t make_queries(const mythos_cuda_attention& a, const Shape& n, const W
 
 template <typename C>
 cudaError_t attend_few(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, cudaStream_t stream);
+template <typename C>
+cudaError_t attend_latents_few(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, cudaStream_t stream);
 template <typename C>
 cudaError_t attend_many(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, cudaStream_t stream);
 template <typename C>

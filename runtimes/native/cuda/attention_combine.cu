@@ -10,6 +10,7 @@ namespace {
 constexpr int kThreads = 512, kThreadsOfShare = 256;
 constexpr int kShares = 8;  // blocks that put a head together, where they have something to share
 constexpr int kFewHeads = 64, kManyNumbers = 1 << 15;  // of all tokens; of a head's w_uv
+constexpr int kFewChannels = 256;  // that half as many blocks put together: not all clusters of more find room beside attention's blocks
 static_assert(kThreadsOfShare >= kMostParts, "a thread a part");
 
 // partial [kWarps, count]: each warp's share of the sum over all parts of a token's and head's channels [first, first + count), all of them
@@ -174,7 +175,8 @@ cudaError_t put_together(const mythos_cuda_attention& a, const Shape& n, const W
       return multiply_heads<W, float>({a.batch * a.seq, a.n_heads, n.value_dim, a.v_head_dim, a.v_head_dim}, rounded, w_uv, a.y, stream);
     }
   const bool shared = n.has_many_parts() || a.v_head_dim * n.value_dim >= kManyNumbers;
-  const int heads = a.batch * a.seq * a.n_heads, shares = shared && heads <= kFewHeads && has_clusters() ? kShares : 1;
+  const int heads = a.batch * a.seq * a.n_heads, most_shares = n.has_many_parts() && n.value_dim <= kFewChannels ? kShares / 2 : kShares;
+  const int shares = shared && heads <= kFewHeads && has_clusters() ? most_shares : 1;
   const dim3 blocks(shares, a.n_heads, a.batch * a.seq);
   const int threads = shares > 1 ? kThreadsOfShare : kThreads;
   const size_t bytes = (n.value_dim + threads / 32 * ceil_div(n.value_dim, shares)) * sizeof(float);

@@ -44,6 +44,21 @@ bool takes_carveouts() {
   return known && overlaps_launches();
 }
 
+void* tensor_map_encoder() {
+  static void* const found = [] {
+    constexpr char kName[] = "cuTensorMapEncodeTiled";
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(kName, &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &result);
+#endif
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? function : nullptr;
+  }();
+  return found;
+}
+
 cudaError_t most_shared_bytes(int* bytes) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);

@@ -66,6 +66,8 @@ bool has_clusters();
 bool has_wgmma();
 // Whether a launch on it may say how a multiprocessor's memory is parted: asked for where launches overlap, known to drivers of CUDA 12.5.
 bool takes_carveouts();
+// The driver's cuTensorMapEncodeTiled, null where it has none.
+void* tensor_map_encoder();
 // The most shared memory of a block on the current device.
 cudaError_t most_shared_bytes(int* bytes);
 
