@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "barriers.cuh"
 #include "tiles.cuh"
 
 namespace mythos::cuda {
@@ -172,8 +173,8 @@ class Stages {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
 #pragma unroll
-      for (int stage = 0; stage < kStages; ++stage) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers_ + stage * 8), "n"(kWarps));
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      for (int stage = 0; stage < kStages; ++stage) full(stage).begin(kWarps);
+      show_barriers();
     }
     __syncthreads();
 #endif
@@ -187,12 +188,12 @@ class Stages {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kRowsOfWarp;
     C* stage = at(step);
 #if __CUDA_ARCH__ >= 900
-    const uint32_t barrier = barriers_ + step % kStages * 8;
+    const Barrier barrier = full(step);
     const uint32_t key_bytes = n.key_dim * sizeof(C), value_bytes = pitch_.inside ? 0 : n.value_dim * sizeof(C);
     const int row = first + lane;
     if (lane == 0 && copied != Copied::kFresh) {
       const uint32_t bytes = max(0, min(to - from - first, kRowsOfWarp)) * (key_bytes + value_bytes);
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+      barrier.expect(bytes);
     }
     __syncwarp();
     if (lane < kRowsOfWarp && from + row < to && (copied == Copied::kAll || (from + row < rows.cached) == (copied == Copied::kCached))) {
@@ -231,10 +232,7 @@ class Stages {
   __device__ __forceinline__ void wait(int step) const {
 #if __CUDA_ARCH__ >= 900
     if (step == 0) wait_but<0>();
-    const uint32_t barrier = barriers_ + step % kStages * 8, parity = step / kStages & 1;
-    asm volatile(
-        "{\n\t.reg .pred done;\n\tAGAIN:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@done bra.uni DONE;\n\tbra.uni AGAIN;\n\tDONE:\n\t}"
-        ::"r"(barrier), "r"(parity) : "memory");
+    full(step).wait(step / kStages);
 #else
     wait_but<kStages - 1>();
 #endif
@@ -248,9 +246,11 @@ class Stages {
   }
 
  private:
-  static __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  // Over when a step's rows are there.
+  __device__ __forceinline__ Barrier full(int step) const { return Barrier(barriers_ + step % kStages * 8); }
+  static __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, const Barrier& barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
-                 "r"(barrier)
+                 "r"(barrier.address())
                  : "memory");
   }
 

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include "barriers.cuh"
+
 namespace mythos::cuda {
 
 // This block's place in its cluster.
@@ -43,17 +45,15 @@ class Delivery {
 
   // By one thread, before it arrives in the cluster.
   __device__ __forceinline__ void expect(uint32_t bytes) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier_), "r"(bytes) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
+    barrier_.begin(1);
+    barrier_.expect(bytes);
+    show_barriers();
   }
   // To another block's memory, at what is `own` here.
   __device__ __forceinline__ void send(uint32_t own, int rank, uint32_t bits) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address_in_block(own, rank)), "r"(bits),
-                 "r"(address_in_block(barrier_, rank))
+                 "r"(address_in_block(barrier_.address(), rank))
                  : "memory");
 #endif
   }
@@ -61,13 +61,13 @@ class Delivery {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n\t.reg .pred done;\n\tAGAIN:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n\t@done bra.uni DONE;\n\t"
-        "bra.uni AGAIN;\n\tDONE:\n\t}" ::"r"(barrier_)
+        "bra.uni AGAIN;\n\tDONE:\n\t}" ::"r"(barrier_.address())
         : "memory");
 #endif
   }
 
  private:
-  uint32_t barrier_;
+  Barrier barrier_;
 };
 
 }  // namespace mythos::cuda
