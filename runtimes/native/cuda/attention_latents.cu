@@ -281,12 +281,7 @@ __global__ void __launch_bounds__(kThreadsAsIf<kTiles>)
   const int sequence = blockIdx.z, first_query = blockIdx.y * kQueries, last_query = min(first_query + kQueries, n.queries()) - 1;
   const int tokens[2] = {layout.token_of(first_query), layout.token_of(last_query)};
   const bool copies = __shfl_sync(0xffffffffu, threadIdx.x / kThreadsOfFour, 0) >= kFours;
-  if (copies && threadIdx.x == kMultiplying) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-    at.begin();
-    // A length is written behind the rows that it counts: where it is this call's already, they are there.
-    length_before = load_acquired(past_len + sequence);
-  }
+  if (copies && threadIdx.x == kMultiplying) prepare_copies(&map, at, past_len + sequence, &length_before);
   let_next_start();
   __syncthreads();
   const int64_t before = length_before;
@@ -319,8 +314,7 @@ __global__ void __launch_bounds__(kThreadsAsIf<kTiles>)
       continue;
     }
     mixer.clear();
-    const C* its_queries = queries + int64_t(sequence) * n.queries() * n.key_dim;
-    const int64_t now = open(n, at, its_queries, first_query, last_query, past_len + sequence, &length_now);
+    const int64_t now = open(n, at, queries + int64_t(sequence) * n.queries() * n.key_dim, first_query, last_query, past_len + sequence, &length_now);
     if (__any_sync(0xffffffffu, now != before)) {
       pass_over(at, min(layout.stages, ceil_div(part.count, kRows)), turn);
       part = part_of(now);

@@ -105,6 +105,13 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
 #endif
 }
 
+// What the copying thread does first. A length is written behind the rows that it counts: where it is this call's already, they are there.
+__device__ __forceinline__ void prepare_copies(const CUtensorMap* map, const Places& at, const int64_t* past_len, volatile int64_t* before) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+  at.begin();
+  *before = load_acquired(past_len);
+}
+
 // Has a part's rows copied, by one thread; right are those that follow a tile's first one in the cache. The first tiles' copies begin
 // before it is known that `before` is this call's length, and may be in vain; a unit at a time, since what other kernels still hand on
 // would wait behind more. now: the length, when `opened` is over.
