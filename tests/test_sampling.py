@@ -12,7 +12,6 @@ from runtimes.errors import BackendError, InputError
 from runtimes.sampling import Sampling, SplitMix64, log_softmax
 
 quick = settings(max_examples=200, deadline=None, database=None, derandomize=True)
-PROMPT = "ROMEO:\nWhat say you to "
 
 
 class Drawn:

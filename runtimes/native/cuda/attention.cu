@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "launch.cuh"
 #include "tiles.cuh"
 
 namespace mythos::cuda {
@@ -94,10 +93,8 @@ Ways ways_of(const mythos_cuda_attention& a, const Shape& n) {
   ways.many_queries = ways.tensor_cores && n.queries() >= kManyQueries;
   ways.many_tokens = ways.tensor_cores && a.n_kv_heads == 0 && a.dtype != MYTHOS_CUDA_FLOAT32 && a.batch * a.seq >= kManyTokens &&
                      a.nope % kPiece == 0 && a.rank % kPiece == 0;
-  // Several tiles fit into shared memory, and the order of scores is that of weights. Shorter contexts were no faster for it.
-  const bool fits = a.rank % 64 == 0 && n.key_dim <= 640 && a.cache_dtype != MYTHOS_CUDA_INT8 && a.scale > 0.0f;
-  ways.wide_tiles = ways.tensor_cores && !ways.many_queries && a.n_kv_heads == 0 && fits && n.has_many_parts() && has_wgmma() &&
-                    tensor_map_encoder() != nullptr;
+  // Of shorter contexts no faster on an H100.
+  ways.wide_tiles = ways.tensor_cores && !ways.many_queries && n.has_many_parts() && takes_latents(a, n);
   return ways;
 }
 

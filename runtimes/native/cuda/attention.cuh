@@ -154,6 +154,8 @@ cudaError_t make_queries(const mythos_cuda_attention& a, const Shape& n, const W
 
 template <typename C>
 cudaError_t attend_few(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, cudaStream_t stream);
+// Whether the device and the sizes allow attend_latents_few(), for fewer than 64 queries.
+bool takes_latents(const mythos_cuda_attention& a, const Shape& n);
 template <typename C>
 cudaError_t attend_latents_few(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, cudaStream_t stream);
 template <typename C>

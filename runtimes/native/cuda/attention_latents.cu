@@ -8,6 +8,9 @@
 namespace mythos::cuda {
 namespace {
 
+constexpr int kThreads = kMultiplying + 32;
+constexpr size_t kMostBytes = 216 * 1024;  // small kernels before and after start beside it
+
 // What a thread of the multiplying ones has: of queries query(0) to query(3), and of its four's channels in kTiles tiles of 64.
 template <typename C, int kTiles>
 struct Mixer {
@@ -81,7 +84,7 @@ struct Mixer {
     hold(scores);
   }
 
-  // Leaves out rows that queries do not see: each sees `seen` from `first` on, both reckoned from the tile's first row.
+  // Leaves out rows that queries do not see: each sees `seen` from `first` on. Those and the tile's first row count from the part's first.
   __device__ __forceinline__ void mask(const int (&first)[4], const int (&seen)[4], int tile_row) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -264,7 +267,6 @@ __device__ __forceinline__ int64_t open(const Shape& n, const Places& at, const 
 }
 
 // Few registers, as if blocks had so many threads: small kernels before and after this one run beside it.
-constexpr int kThreads = kMultiplying + 32;
 template <int kTiles>
 constexpr int kThreadsAsIf = kTiles == 1 ? 1024 : 896;
 
@@ -345,9 +347,14 @@ cudaError_t describe_cache(const mythos_cuda_attention& a, const Shape& n, CUten
 
 }  // namespace
 
+// Values of whole chunks, another tile beside the one that is computed with, and scores in the order of their weights.
+bool takes_latents(const mythos_cuda_attention& a, const Shape& n) {
+  return a.n_kv_heads == 0 && (a.cache_dtype == MYTHOS_CUDA_FLOAT16 || a.cache_dtype == MYTHOS_CUDA_BFLOAT16) && a.rank % kChunk == 0 &&
+         a.scale > 0.0f && Layout(n, kMostBytes).stages >= 2 && has_wgmma() && tensor_map_encoder() != nullptr;
+}
+
 template <typename C>
 cudaError_t attend_latents_few(const mythos_cuda_attention& a, const Shape& n, const AttentionWorkspace& w, cudaStream_t stream) {
-  constexpr size_t kMostBytes = 216 * 1024;  // small kernels before and after start beside it
   const Layout layout(n, kMostBytes);
   CUtensorMap map;
   const cudaError_t error = describe_cache<C>(a, n, &map);

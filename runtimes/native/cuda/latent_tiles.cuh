@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "attention_flash.cuh"
 #include "barriers.cuh"
 #include "launch.cuh"
@@ -24,8 +26,8 @@ struct Layout {
 
   // The most stages that fit.
   Layout(const Shape& n, size_t most_bytes) : chunks(ceil_div(n.key_dim, kChunk)), inverse((1 << 16) / n.heads + 1) {
-    const size_t stages_that_fit = (most_bytes - kTileAlignment - fixed()) / each();
-    stages = stages_that_fit < kMostStages ? int(stages_that_fit) : kMostStages;
+    const int64_t left = int64_t(most_bytes) - kTileAlignment - int64_t(fixed());
+    stages = int(std::clamp<int64_t>(left / int64_t(each()), 0, kMostStages));
   }
   __host__ __device__ int tile() const { return chunks * kChunkBytes; }
   size_t bytes() const { return kTileAlignment + fixed() + stages * each(); }
